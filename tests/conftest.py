@@ -1,0 +1,18 @@
+import os
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # before torch is imported; runs and kernels started by a test inherit it
+
+import random
+import numpy as np, pytest, torch
+
+def pytest_configure(config): config.addinivalue_line('markers', 'slow: minutes, not seconds; run by `pytest -m slow`')
+
+def pytest_collection_modifyitems(config, items):
+    "Slow tests wait until they are asked for, by `-m` or by name"
+    if config.getoption('-m') or any('::' in o for o in config.args): return
+    for item in items:
+        if 'slow' in item.keywords: item.add_marker(pytest.mark.skip(reason='slow: `pytest -m slow` runs it'))
+
+@pytest.fixture(autouse=True)
+def seeded():
+    "Whatever a test draws without saying how, it draws the same each time, in any order of tests"
+    random.seed(0), np.random.seed(0), torch.manual_seed(0)
