@@ -27,7 +27,7 @@ def _cifar_mobilenet_v2(net:nn.Module) -> None:
     net.features[0][0].stride = (1, 1)
     net.features[2].conv[1][0].stride = (1, 1)
 
-MODELS = dict(mobilenet_v2=(torchvision.models.mobilenet_v2, _cifar_mobilenet_v2)) # name: (constructor, how to get the CIFAR stem)
+MODELS = dict(mobilenet_v2=(torchvision.models.mobilenet_v2, _cifar_mobilenet_v2)) # name: (constructor, how to get the CIFAR stem or None)
 STEMS = 'imagenet', 'cifar'
 
 def build(
@@ -42,7 +42,9 @@ def build(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = make(weights=None, num_classes=classes)
-    if stem == 'cifar': to_cifar(net)
+    if stem == 'cifar':
+        if to_cifar is None: raise ValueError(f"'{name}' has no stem for small images here; build it with stem='imagenet'")
+        to_cifar(net)
     return net.eval()
 
 # %% ../nbs/01_model.ipynb #c008

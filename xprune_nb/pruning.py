@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Plan', 'SCOPES', 'COUPLINGS', 'SCHEDULES', 'SHARES', 'groups', 'check_ratio', 'plan', 'kept', 'shares', 'check_plan',
-           'silencer', 'silence', 'silenced', 'rewind', 'agreed', 'cut', 'alive_in_both', 'plan_chart']
+           'silencer', 'silence', 'silenced', 'rewind', 'agreed', 'cut', 'alive_in_both', 'plan_chart', 'scores_chart']
 
 # %% ../nbs/03_pruning.ipynb #c002
 import copy, math
@@ -192,3 +192,23 @@ def plan_chart(
         alt.X('number:O', title='convolution, in the order of the network', axis=alt.Axis(labelAngle=0, values=list(range(1, len(plan)+1, 3)))),
         alt.Y('filters:Q', title='filters'), alt.Color('what:N', title=None, scale=alt.Scale(domain=['kept', 'removed'], range=['#0072B2', '#d9d9d9'])),
         alt.Order('what:N'), tooltip=['layer', 'what', 'filters'])
+
+# %% ../nbs/03_pruning.ipynb #c034
+def scores_chart(
+    scores:Mapping[str, Tensor], # name of a convolution -> (O,)
+    plan:Plan, # made from them
+    colour:str='#0072B2', # of what stays
+    title:str='Scores',
+    most:int=60, # marks a convolution: every k-th filter by rank where there are more
+) -> alt.Chart:
+    "Scores by convolution, and which of them stay"
+    rows = []
+    for i, (n, s) in enumerate(scores.items(), 1):
+        order = s.detach().cpu().argsort()[::max(1, len(s)//most)].tolist()
+        rows += [dict(number=i, layer=n, filter=f, score=s[f].item()/max(s.max().item(), 1e-30),
+                      what='kept' if plan[n][f] else 'removed') for f in order]
+    return alt.Chart(pd.DataFrame(rows), width=640, height=200, title=title).mark_tick(thickness=1.5).encode(
+        alt.X('number:O', title='convolution, in the order of the network',
+              axis=alt.Axis(labelAngle=0, values=list(range(1, len(scores)+1, 3)))),
+        alt.Y('score:Q', title='score / largest of the layer'), tooltip=['layer', 'filter', 'score', 'what'],
+        color=alt.Color('what:N', title=None, scale=alt.Scale(domain=['kept', 'removed'], range=[colour, '#bbbbbb'])))
