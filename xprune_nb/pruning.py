@@ -18,24 +18,32 @@ import torch_pruning
 from torch import Tensor, nn
 
 from .data import one_of
-from .model import batch_norms, convs, load_weights
+from .model import batch_norms, convs, evaluating, load_weights
 
 # %% ../nbs/03_pruning.ipynb #c005
-def _graph(model:nn.Module, shape:tuple[int, int, int]) -> torch_pruning.DependencyGraph:
-    p = next(model.parameters())
-    return torch_pruning.DependencyGraph().build_dependency(model, torch.zeros(1, *shape, device=p.device, dtype=p.dtype))
+@contextmanager
+def _graph(model:nn.Module, shape:tuple[int, int, int]) -> Iterator[torch_pruning.DependencyGraph]:
+    "The dependencies, read off a pass in eval mode with gradients on; afterwards the model's modes and wishes for gradients are as they were"
+    p, wants = next(model.parameters()), {n: q.requires_grad for n, q in model.named_parameters()}
+    try:
+        with evaluating(model), torch.enable_grad():
+            model.requires_grad_()
+            yield torch_pruning.DependencyGraph().build_dependency(model, torch.zeros(1, *shape, device=p.device, dtype=p.dtype))
+    finally:
+        for n, q in model.named_parameters(): q.requires_grad_(wants[n])
 
 def groups(
     model:nn.Module, # in eval mode
     shape:tuple[int, int, int]=(3, 32, 32), # of one image
 ) -> list[tuple[str, ...]]: # names of convolutions, in the order of the network
     "The convolutions whose channels must go together"
-    graph, names, found = _graph(model, shape), {m: n for n, m in convs(model).items()}, []
-    for conv, name in names.items():
-        if any(name in g for g in found): continue
-        deps = graph.get_pruning_group(conv, torch_pruning.prune_conv_out_channels, [0])
-        outs = {names[d.target.module] for d, _ in deps if d.target.module in names and graph.is_out_channel_pruning_fn(d.handler)}
-        found.append(tuple(n for n in names.values() if n in outs))
+    names, found = {m: n for n, m in convs(model).items()}, []
+    with _graph(model, shape) as graph:
+        for conv, name in names.items():
+            if any(name in g for g in found): continue
+            deps = graph.get_pruning_group(conv, torch_pruning.prune_conv_out_channels, [0])
+            outs = {names[d.target.module] for d, _ in deps if d.target.module in names and graph.is_out_channel_pruning_fn(d.handler)}
+            found.append(tuple(n for n in names.values() if n in outs))
     return found
 
 # %% ../nbs/03_pruning.ipynb #c009
@@ -70,6 +78,8 @@ def plan(
     s = {n: v.detach().cpu().double() for n, v in scores.items()}
     if coupling == 'coupled':
         if groups is None: raise ValueError("coupling='coupled' needs groups=groups(model)")
+        if strange := [n for g in groups for n in g if n not in s]:
+            raise ValueError(f"the groups name '{strange[0]}', of which there are no scores. There are: {', '.join(s)}")
         for g in groups: s.update(dict.fromkeys(g, sum(s[n]/s[n].abs().mean().clamp_min(1e-300) for n in g)))
     if within: s = {n: v.masked_fill(~within[n].cpu(), -math.inf) for n, v in s.items()}
     new = {n: _keep_largest(v, ratio, n) for n, v in s.items()}
@@ -161,14 +171,15 @@ def cut(
     model:nn.Module, # left as it is
     plan:Plan,
     shape:tuple[int, int, int]=(3, 32, 32), # of one image
-) -> nn.Module: # a smaller copy, with the outputs of the silenced network
+) -> nn.Module: # a smaller copy in eval mode, with the outputs of the silenced network
     "Remove every channel that its whole group gives up; what else the plan silences stays silent"
-    small = silence(copy.deepcopy(model), plan)
-    gs, graph, mods = groups(model, shape), _graph(small, shape), convs(small)
-    for g, stays in zip(gs, agreed(plan, gs)):
-        gone = (~stays).nonzero().flatten().tolist()
-        if gone: graph.get_pruning_group(mods[g[0]], torch_pruning.prune_conv_out_channels, gone).prune()
-    return small
+    small, gs = silence(copy.deepcopy(model), plan), groups(model, shape)
+    mods = convs(small)
+    with _graph(small, shape) as graph:
+        for g, stays in zip(gs, agreed(plan, gs)):
+            gone = (~stays).nonzero().flatten().tolist()
+            if gone: graph.get_pruning_group(mods[g[0]], torch_pruning.prune_conv_out_channels, gone).prune()
+    return small.eval()
 
 # %% ../nbs/03_pruning.ipynb #c028
 def alive_in_both(

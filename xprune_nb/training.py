@@ -6,7 +6,7 @@
 __all__ = ['Recipe', 'fast_on_cpu', 'evaluate', 'recalibrate', 'History', 'fit', 'write_checkpoint', 'resume']
 
 # %% ../nbs/04_training.ipynb #c002
-import json, math, time
+import hashlib, json, math, time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from .data import Data, Images, loader, write_whole
-from .model import convs
+from .model import convs, evaluating, load_weights
 from .pruning import Plan, silence, silencer
 
 # %% ../nbs/04_training.ipynb #c005
@@ -93,16 +93,12 @@ def evaluate(
     batch_size:int=500,
 ) -> tuple[float, float]: # accuracy in [0,1], mean cross-entropy (nats)
     "Accuracy and loss on a split; the model's mode is left as it was"
-    mode, device = model.training, next(model.parameters()).device
-    model.eval()
-    try:
-        right, loss = 0, 0.
-        with fast_on_cpu(model):
-            for x, y in loader(images.to(device), data, batch_size):
-                out = model(x)
-                right += (out.argmax(1) == y).sum().item()
-                loss += F.cross_entropy(out, y, reduction='sum').item()
-    finally: model.train(mode)
+    right, loss, device = 0, 0., next(model.parameters()).device
+    with evaluating(model), fast_on_cpu(model):
+        for x, y in loader(images.to(device), data, batch_size):
+            out = model(x)
+            right += (out.argmax(1) == y).sum().item()
+            loss += F.cross_entropy(out, y, reduction='sum').item()
     return right/len(images.y), loss/len(images.y)
 
 # %% ../nbs/04_training.ipynb #c016
@@ -112,13 +108,15 @@ def recalibrate(
     data:Data, # training images are used
     seed:int=0,
     images:int=2048, # how many training images
-    plan:Plan|None=None, # filters that are silent, and stay so
+    plan:Plan|None=None, # filters to silence first
 ) -> nn.Module: # the same model, in eval mode
     "Measure the running statistics of batch normalisation anew, as the plain average over batches"
     bns = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     momentum, device = [m.momentum for m in bns], next(model.parameters()).device
     for m in bns: m.reset_running_stats(); m.momentum = None # None: cumulative average
+    if plan: silence(model, plan)
     order = torch.randperm(len(data.train.y), generator=torch.Generator().manual_seed(seed))[:images].to(data.train.y.device)
+    if len(order) % 256 == 1 < len(order): order = order[:-1] # no statistics of a batch of one
     try:
         model.train()
         with fast_on_cpu(model):
@@ -126,7 +124,7 @@ def recalibrate(
     finally:
         model.eval()
         for m, old in zip(bns, momentum): m.momentum = old
-    return silence(model, plan) if plan else model
+    return model
 
 # %% ../nbs/04_training.ipynb #c018
 class History:
@@ -158,7 +156,8 @@ def fit(
     train, val = data.train.to(device), data.val.to(device)
     model.to(memory_format=torch.channels_last)
     opt = torch.optim.SGD(model.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay)
-    rows = resume(checkpoint, model, opt, recipe, seed) if checkpoint and Path(checkpoint).exists() else []
+    whose = _whose(recipe, seed, data, plan)
+    rows = resume(checkpoint, model, opt, whose) if checkpoint and Path(checkpoint).exists() else []
     bar = tqdm(total=recipe.epochs*math.ceil(len(train.y)/recipe.batch_size), disable=not progress, leave=False,
                initial=len(rows)*math.ceil(len(train.y)/recipe.batch_size), desc=progress if isinstance(progress, str) else 'training', unit='step')
     hush = silencer(model, plan) if plan else lambda: None
@@ -180,30 +179,57 @@ def fit(
             rows.append(dict(epoch=epoch, train_loss=total/n, train_accuracy=right/n, val_accuracy=evaluate(model, val, data)[0],
                              seconds=time.perf_counter()-start))
             bar.set_postfix(val=f"{rows[-1]['val_accuracy']:.3f}")
-            if checkpoint: write_checkpoint(checkpoint, model, opt, recipe, seed, rows)
+            if checkpoint: write_checkpoint(checkpoint, model, opt, whose, rows)
             if each_epoch: each_epoch(epoch, model)
     model.eval()
     return History(pd.DataFrame(rows, columns=['epoch', 'train_loss', 'train_accuracy', 'val_accuracy', 'seconds']))
 
 # %% ../nbs/04_training.ipynb #c021
-def write_checkpoint(path:Path, model:nn.Module, opt:torch.optim.SGD, recipe:Recipe, seed:int, rows:list[dict]) -> None:
+def _whose(recipe:Recipe, seed:int, data:Data, plan:Plan|None) -> str:
+    "What a checkpoint belongs to, in words"
+    digest = lambda: hashlib.sha256(b''.join(n.encode() + bytes(k.tolist()) for n, k in plan.items())).hexdigest()[:8]
+    return f"{recipe}, seed {seed}, {data.name} ({len(data.train.y)} training images), {f'plan {digest()}' if plan else 'no plan'}"
+
+def _digest(tensors:dict[str, Tensor], about:dict[str, str]) -> str:
+    "SHA-256 of all that a checkpoint says"
+    h = hashlib.sha256(repr(sorted((k, v) for k, v in about.items() if k != 'sha256')).encode())
+    for k in sorted(tensors):
+        h.update(f'{k} {tensors[k].dtype} {tuple(tensors[k].shape)}'.encode())
+        h.update(tensors[k].detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return h.hexdigest()
+
+def write_checkpoint(
+    path:Path,
+    model:nn.Module,
+    opt:torch.optim.SGD,
+    whose:str, # the training it belongs to
+    rows:list[dict], # the history so far
+) -> None:
     "Weights, momentum and history in one file, written whole"
     tensors = {f'model.{k}': v.contiguous() for k, v in model.state_dict().items()}
     for n, p in model.named_parameters():
         if 'momentum_buffer' in opt.state[p]: tensors[f'momentum.{n}'] = opt.state[p]['momentum_buffer'].contiguous()
-    about = dict(recipe=repr(recipe), seed=str(seed), history=json.dumps(rows))
-    write_whole(path, safetensors.torch.save(tensors, about))
+    about = dict(whose=whose, history=json.dumps(rows))
+    write_whole(path, safetensors.torch.save(tensors, dict(about, sha256=_digest(tensors, about))))
 
-def resume(path:Path, model:nn.Module, opt:torch.optim.SGD, recipe:Recipe, seed:int) -> list[dict]: # the history so far
+def resume(
+    path:Path,
+    model:nn.Module, # gets the weights
+    opt:torch.optim.SGD, # gets the momentum
+    whose:str, # the training that asks
+) -> list[dict]: # the history so far
     "Take up a training where `write_checkpoint` left it (`OSError` if the file is damaged, `ValueError` if it is another training's)"
+    path, again = Path(path), 'Delete it: training starts again at epoch 1'
     try:
         with safetensors.safe_open(path, 'pt') as f:
-            about, tensors = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}
-    except SafetensorError as e: raise OSError(f'{path} is damaged ({e}). Delete it: training starts again at epoch 1') from e
-    if (about['recipe'], about['seed']) != (repr(recipe), str(seed)):
-        raise ValueError(f"{path} holds another training: {about['recipe']}, seed {about['seed']}; asked for {recipe}, seed {seed}. Name another checkpoint")
+            about, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
+    except SafetensorError as e: raise OSError(f'{path.name} is damaged ({e}). {again}') from e
+    if not {'whose', 'history', 'sha256'} <= set(about): raise ValueError(f'{path.name} is no checkpoint of a training. Name another one')
+    if _digest(tensors, about) != about['sha256']: raise OSError(f'{path.name} is damaged (its SHA-256 is not the recorded one). {again}')
     part = lambda head: {k.removeprefix(head): v for k, v in tensors.items() if k.startswith(head)}
-    model.load_state_dict(part('model.'))
+    if about['whose'] != whose: raise ValueError(f"{path.name} holds another training: {about['whose']}; asked for: {whose}. Name another checkpoint")
+    load_weights(model, part('model.'))
     names = dict(model.named_parameters())
-    for n, m in part('momentum.').items(): opt.state[names[n]]['momentum_buffer'] = m.to(names[n].device).clone(memory_format=torch.preserve_format)
+    for n, m in part('momentum.').items():
+        opt.state[names[n]]['momentum_buffer'] = m.to(names[n].device).clone(memory_format=torch.preserve_format)
     return json.loads(about['history'])

@@ -1,0 +1,178 @@
+"""Networks against their definition counted another way (Torch-Pruning, torch.fx); weights and the baseline under every kind of damage."""
+import hashlib, re, shutil
+
+import pytest
+import safetensors.torch
+import torch
+import torch_pruning
+import torchvision
+from hypothesis import given, settings, strategies as st
+from torch import nn
+
+from xprune_nb import model as room
+from xprune_nb.model import STEMS, baseline, baselines, batch_norms, build, convs, cost, load_weights, read_weights, save_weights
+
+says = lambda *parts: '.*'.join(map(re.escape, parts))
+same = lambda a, b: a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a)
+FILES = [(name, e) for name in baselines() for e in baseline(name).epochs[1:]]
+
+# --- build ---
+
+@pytest.mark.parametrize('stem', STEMS)
+def test_build_is_torchvisions_and_the_seeds_alone(stem):
+    torch.manual_seed(7); want = torchvision.models.mobilenet_v2(weights=None, num_classes=4).state_dict()
+    torch.manual_seed(1); drawn = torch.rand(1)
+    torch.manual_seed(1); net = build('mobilenet_v2', 4, stem, seed=7)
+    assert torch.rand(1).equal(drawn)  # the random numbers of others are left alone
+    assert same(net.state_dict(), want) and not net.training and {p.device.type for p in net.parameters()} == {'cpu'}
+    assert not same(build('mobilenet_v2', 4, stem, seed=8).state_dict(), want)
+
+@pytest.mark.parametrize('stem,sizes', [('imagenet', [16, 16, 8, 4, 2, 2, 1, 1, 1]), ('cifar', [32, 32, 32, 16, 8, 8, 4, 4, 4])])
+def test_where_each_stage_works(stem, sizes):
+    "Side of the maps after the stem, after each of the seven stages, and after the head; the paper's table has strides 2, 1, 2, 2, 2, 1, 2, 1, 1"
+    net, x, seen = build(stem=stem), torch.zeros(1, 3, 32, 32), []
+    with torch.inference_mode():
+        for layer in net.features: x = layer(x); seen.append(x.shape[-1])
+    assert [seen[i] for i in (0, 1, 3, 6, 10, 13, 16, 17, 18)] == sizes
+
+# --- convolutions and costs ---
+
+def plain_net(): return nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, (1, 3), groups=4, bias=False), nn.BatchNorm2d(8), nn.Conv2d(8, 12, 3, dilation=2, padding=2),
+                                      nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(48, 9), nn.ReLU(), nn.Linear(9, 5, bias=False)).eval()
+
+NETS = dict(imagenet=build, cifar=lambda: build(stem='cifar'), seven=lambda: build(classes=7), plain=plain_net,
+            resnet18=lambda: torchvision.models.resnet18(num_classes=3).eval())
+
+@pytest.mark.parametrize('name', NETS)
+def test_parameters_are_the_networks_own(name):
+    net = NETS[name]()
+    table = cost(net, (3, 32, 32))
+    assert table.params.sum() == sum(p.numel() for p in net.parameters())
+    assert table.filters.to_dict() == {n: convs(net)[n].out_channels if n in convs(net) else 0 for n in table.index}
+
+@pytest.mark.parametrize('name', NETS)
+@pytest.mark.parametrize('shape', [(3, 32, 32), (3, 40, 48)])
+def test_macs_are_counted_position_by_position(name, shape):
+    "Another count: each output of a convolution or linear layer, by its own inputs; the shapes come from torch.fx"
+    net = NETS[name]()
+    traced = torch.fx.symbolic_trace(net)
+    torch.fx.passes.shape_prop.ShapeProp(traced).propagate(torch.zeros(1, *shape))
+    want, mods = {}, dict(net.named_modules())
+    for node in traced.graph.nodes:
+        m, out = mods.get(str(node.target)), node.meta.get('tensor_meta')
+        if isinstance(m, nn.Conv2d): want[node.target] = out.shape.numel()*m.in_channels//m.groups*m.kernel_size[0]*m.kernel_size[1]
+        if isinstance(m, nn.Linear): want[node.target] = out.shape.numel()*m.in_features
+    macs = cost(net, shape).macs
+    assert macs[macs > 0].to_dict() == want
+
+@pytest.mark.parametrize('name', ['imagenet', 'cifar', 'seven', 'resnet18'])
+def test_costs_are_torch_prunings(name):
+    "Its total also counts normalisation, activations and pooling, so it is asked layer by layer; the classifier's bias is an addition to it"
+    net, table = NETS[name](), cost(NETS[name]())
+    _, params, by_layer, _ = torch_pruning.utils.count_ops_and_params(net, torch.zeros(1, 3, 32, 32), layer_wise=True)
+    theirs = {n: by_layer[m] - (len(m.bias) if isinstance(m, nn.Linear) else 0) for n, m in net.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+    assert table.macs[table.macs > 0].to_dict() == theirs and table.params.sum() == params
+
+def test_batch_norms_of_other_networks():
+    net = torchvision.models.resnet18(num_classes=3).eval()
+    assert len(batch_norms(net)) == 20 and all(b == (n[:-1] + '1' if n.endswith('downsample.0') else re.sub(r'conv(\d)$', r'bn\1', n)) for n, b in batch_norms(net).items())
+    assert batch_norms(plain_net()) == {'2': '3'}
+    first = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1), nn.ReLU(), nn.BatchNorm2d(4))
+    assert batch_norms(first) == {}  # in front of the convolution, and behind an activation
+
+def test_cost_leaves_the_network_as_it_was():
+    net = build(); net.train(); net.features[3].eval(); net.features[0][0].weight.grad = torch.ones(32, 3, 3, 3)
+    modes, state = [m.training for m in net.modules()], {k: v.clone() for k, v in net.state_dict().items()}
+    cost(net)
+    with pytest.raises(RuntimeError): cost(net, (1, 32, 32))
+    assert [m.training for m in net.modules()] == modes and same(net.state_dict(), state)
+    assert not any(m._forward_hooks for m in net.modules()) and net.features[0][0].weight.grad.eq(1).all()
+
+# --- weights in a file ---
+
+def tiny(): return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2))
+
+@pytest.fixture(scope='module')
+def saved(tmp_path_factory): return save_weights(tiny(), tmp_path_factory.mktemp('weights')/'tiny.safetensors').read_bytes()
+
+def test_weights_come_back_to_the_bit(tmp_path):
+    net = tiny().double().to(memory_format=torch.channels_last)
+    net[1].running_var.uniform_(); net[1].num_batches_tracked += 3
+    path = save_weights(net, tmp_path/'a'/'w.safetensors')
+    assert same(read_weights(path), net.state_dict()) and same(safetensors.torch.load_file(path), net.state_dict())
+    assert same(load_weights(tiny().double(), path).state_dict(), net.state_dict())
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+@given(st.data())
+@settings(max_examples=100, deadline=None)
+def test_truncated_weights_are_refused(saved, tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp()/'cut.safetensors'
+    path.write_bytes(saved[:data.draw(st.integers(0, len(saved)-1))])
+    with pytest.raises(OSError, match=says('cut.safetensors is damaged (', 'Get it anew, or train again')): read_weights(path)
+
+@given(st.data())
+@settings(max_examples=100, deadline=None)
+def test_a_flipped_bit_is_noticed_where_the_digest_is_known(saved, tmp_path_factory, data):
+    at, bit = data.draw(st.integers(0, len(saved)-1)), data.draw(st.integers(0, 7))
+    path = tmp_path_factory.getbasetemp()/'flipped.safetensors'
+    path.write_bytes(saved[:at] + bytes([saved[at] ^ 1 << bit]) + saved[at+1:])
+    with pytest.raises(OSError, match=says('flipped.safetensors is damaged (its SHA-256 is not the recorded one)')): read_weights(path, hashlib.sha256(saved).hexdigest())
+
+@pytest.mark.parametrize('make', [lambda p: torch.save(tiny().state_dict(), p), lambda p: p.write_text('version https://git-lfs.github.com/spec/v1'), lambda p: p.write_bytes(b'\x80\x04.')])
+def test_what_is_no_safetensors_is_refused_unread(tmp_path, make):
+    "A pickle among them: no file from outside is unpickled"
+    make(path := tmp_path/'w.safetensors')
+    with pytest.raises(OSError, match='w.safetensors is damaged'): read_weights(path)
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(OSError, match=says('there is no file', 'none.safetensors')): load_weights(tiny(), tmp_path/'none.safetensors')
+
+@pytest.mark.parametrize('wrong,message', [
+    (lambda w: {k: v for k, v in w.items() if k != '1.running_mean'}, '(1 tensors differ; first: 1.running_mean: missing, expected (4,))'),
+    (lambda w: {**w, '9.weight': torch.zeros(2)}, '(1 tensors differ; first: 9.weight: (2,), expected nothing)'),
+    (lambda w: {**w, '0.weight': torch.zeros(5, 3, 3, 3), '0.bias': torch.zeros(5)}, '(2 tensors differ; first: 0.weight: (5, 3, 3, 3), expected (4, 3, 3, 3))'),
+    (lambda w: {**w, '3.bias': torch.zeros(())}, '3.bias: (), expected (2,)'),
+    (lambda w: {}, '(9 tensors differ')])
+def test_weights_of_another_architecture_change_nothing(tmp_path, wrong, message):
+    net, other = tiny(), wrong(tiny().state_dict())
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    for weights in other, save_weights(other, tmp_path/'other.safetensors'):
+        with pytest.raises(ValueError, match=says('the weights are not of this architecture', message)): load_weights(net, weights)
+        assert same(net.state_dict(), before)
+
+# --- the baseline ---
+
+@pytest.mark.parametrize('name,e', FILES)
+def test_stored_weights_are_the_recorded_ones(name, e):
+    base = baseline(name)
+    path = room.ASSETS/f'{name}-epoch{e}.safetensors'
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == base.files[e]
+    w, net = base.weights(e), base.net(e)
+    assert same(net.state_dict(), w) and not net.training and all(v.isfinite().all() for v in w.values())
+
+@pytest.mark.parametrize('name', baselines())
+def test_the_story_fits_together(name):
+    from xprune_nb.data import DATASETS
+    from xprune_nb.training import Recipe
+    base = baseline(name)
+    assert same(base.weights(0), build(base.model, base.classes, base.stem, base.seed).state_dict()) and same(base.net(0).state_dict(), base.weights(0))
+    assert same(base.weights('last'), base.weights(base.epochs[-1])) and not same(base.weights(), base.weights(0))
+    recipe = Recipe(**base.recipe)
+    assert 0 == base.epochs[0] < base.epochs[1] and base.epochs[-1] <= recipe.epochs and base.data in DATASETS and base.name == name
+    assert sorted(p.name for p in room.ASSETS.glob(f'{name}-epoch*')) == sorted(f'{name}-epoch{e}.safetensors' for e in base.files)
+    assert 0 < base.test_accuracy < 1 and {'epoch', 'train_accuracy', 'val_accuracy'} <= set(base.history) and {'torch', 'torchvision'} <= set(base.versions)
+
+@pytest.mark.parametrize('e', ['first', -1, 10**6, '0', None, 0.5])
+def test_epochs_that_are_not_kept(e):
+    with pytest.raises(ValueError, match=says(f'keeps no weights of epoch {e!r}. There are: 0, ', ', last')): baseline().weights(e)
+
+@pytest.mark.parametrize('harm', [lambda p: p.write_bytes(p.read_bytes()[:-1]), lambda p: p.write_bytes(b''), lambda p: p.unlink(),
+                                  lambda p: save_weights(build(seed=99), p)], ids=['last byte', 'empty', 'gone', 'others'])
+def test_a_damaged_baseline_is_refused(tmp_path, monkeypatch, harm):
+    base = baseline()
+    for p in room.ASSETS.glob(f'*{base.name}*'): shutil.copy(p, tmp_path)
+    monkeypatch.setattr(room, 'ASSETS', tmp_path)
+    path = tmp_path/f'{base.name}-epoch{base.epochs[-1]}.safetensors'
+    harm(path)
+    with pytest.raises(OSError, match=f'{re.escape(path.name)}( is damaged|$)'): base.net()
+    assert same(base.weights(0), base.net(0).state_dict()) and len(base.weights(base.epochs[1]))  # the others are as good as before
