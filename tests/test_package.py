@@ -93,6 +93,7 @@ def test_readme_moves_links_to_the_root(target, moved): assert readme.from_root(
 def requirements(*keys): return [Requirement(o) for k in keys for o in SETTINGS[k].splitlines() if o]
 
 name = lambda r: canonicalize_name(r.name if isinstance(r, Requirement) else r)
+owners = cache(packages_distributions) # module -> the distributions that bring it; it reads every installed file list, so once
 
 def imported(source:str)->set[str]:
     "The distributions, standard library and this package aside, that a piece of Python imports anywhere in it"
@@ -101,11 +102,10 @@ def imported(source:str)->set[str]:
     tops = {a.name.split('.')[0] for n in nodes if isinstance(n, ast.Import) for a in n.names}
     tops |= {n.module.split('.')[0] for n in nodes if isinstance(n, ast.ImportFrom) and not n.level}
     tops -= {*sys.stdlib_module_names, 'xprune_nb', *(o.stem for o in (ROOT/'tests').glob('*.py'))}
-    owners = packages_distributions()
-    return {name(o) for t in tops for o in set(owners.get(t, [t]))}
+    return {name(o) for t in tops for o in set(owners().get(t, [t]))}
 
 MODULES = sorted((ROOT/'xprune_nb').rglob('*.py'))
-UNNAMED = {'ipykernel': 'the kernel in which papermill runs a notebook', 'jupyterlab': 'where the notebooks are read',
+UNNAMED = {'ipykernel': 'the kernel in which papermill runs a notebook', 'jupyterlab': 'where the notebooks are read', 'ipywidgets': 'tqdm.auto draws its bars there',
            'vl-convert-python': 'altair draws PNG and SVG with it'}
 
 @pytest.mark.parametrize('path', MODULES, ids=lambda o: o.stem)
@@ -127,7 +127,7 @@ def test_declared_is_used():
 
 @pytest.mark.parametrize('req', requirements('requirements'), ids=str)
 def test_requirement_can_be_imported(req):
-    tops = [t for t,owners in packages_distributions().items() if name(req) in map(name, owners) and not t.startswith('_') and t.isidentifier()]
+    tops = [t for t,dists in owners().items() if name(req) in map(name, dists) and not t.startswith('_') and t.isidentifier()]
     assert tops, 'not installed'
     for top in tops: importlib.import_module(top)
 

@@ -76,6 +76,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/xprune_nb', 'doc_host': ''
                                        'xprune_nb.experiments.Run.recipe': ('experiments.html#run.recipe', 'xprune_nb/experiments.py'),
                                        'xprune_nb.experiments.Step': ('experiments.html#step', 'xprune_nb/experiments.py'),
                                        'xprune_nb.experiments._papermill': ('experiments.html#_papermill', 'xprune_nb/experiments.py'),
+                                       'xprune_nb.experiments._typed': ('experiments.html#_typed', 'xprune_nb/experiments.py'),
                                        'xprune_nb.experiments.carry_out': ('experiments.html#carry_out', 'xprune_nb/experiments.py'),
                                        'xprune_nb.experiments.emit': ('experiments.html#emit', 'xprune_nb/experiments.py'),
                                        'xprune_nb.experiments.execute': ('experiments.html#execute', 'xprune_nb/experiments.py'),

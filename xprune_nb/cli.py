@@ -6,7 +6,7 @@
 __all__ = ['STUDY', 'PRESETS', 'preset', 'figures', 'study', 'main']
 
 # %% ../nbs/08_cli.ipynb #c002
-import argparse, sys, time
+import argparse, json, sys, time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -37,12 +37,14 @@ def figures(
 ) -> list[Path]: # the charts as PNG
     "Write the rows, the two charts and tables of the study, each beside the thesis, and the stages, into a folder"
     folder, written = Path(folder), []
-    write_whole(folder/'rows.csv', rows.drop(columns='versions', errors='ignore').to_csv(index=False, lineterminator='\n'))
+    if 'versions' in rows: rows = rows.assign(versions=rows.versions.map(lambda v: json.dumps(v) if isinstance(v, dict) else v))
+    write_whole(folder/'rows.csv', rows.to_csv(index=False, lineterminator='\n'))
     done = rows[rows.status == 'done']
     for s in done.schedule.unique():
         written.append(save(chart(done, s), table(done, s), folder, s)[1])
     written.append(save(beside(done), versus(done), folder, 'beside')[1])
-    written.append(save(stages(done), summary(done), folder, 'stages')[1])
+    first = done.schedule.iloc[0]
+    written.append(save(stages(done, first), summary(done[done.schedule == first]), folder, 'stages')[1])
     return written
 
 # %% ../nbs/08_cli.ipynb #c010

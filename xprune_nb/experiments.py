@@ -7,25 +7,34 @@ __all__ = ['ROW_MIME', 'Run', 'grid', 'Step', 'carry_out', 'row', 'versions', 'e
            'read_row', 'execute', 'rows']
 
 # %% ../nbs/05_experiments.ipynb #c002
-import hashlib, importlib.metadata, itertools, json, os, tempfile, time
+import hashlib, importlib.metadata, itertools, json, numbers, os, tempfile, time, typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import joblib
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .criteria import CRITERIA, score
+from .criteria import AGGREGATIONS, BASELINES, CRITERIA, score
 from .data import ASSETS, DATASETS, Data, load, one_of, sample, write_whole
 from .model import Baseline, baseline, baselines, cost
 from .pruning import (COUPLINGS, SCHEDULES, SCOPES, SHARES, Plan, alive_in_both, check_ratio, cut, groups, kept, plan, rewind, shares,
-                               silenced)
+                               silence)
 from .training import History, Recipe, evaluate, fit, recalibrate
 
 # %% ../nbs/05_experiments.ipynb #c005
+def _typed(name:str, value, kind:type):
+    "`value` as plain Python of this type (numpy's numbers and an int for a float will do), or `ValueError`"
+    for k in typing.get_args(kind) or (kind,):
+        like = {bool: (bool, np.bool_), int: numbers.Integral, float: numbers.Real, str: str}[k]
+        if isinstance(value, like) and (k is bool or not isinstance(value, bool)): return k(value)
+    wanted = ' or '.join(k.__name__ for k in typing.get_args(kind) or (kind,))
+    raise ValueError(f'{name} is {value!r} ({type(value).__name__}), expected {wanted}')
+
 @dataclass(frozen=True, kw_only=True)
 class Run:
     "Everything that decides one row of the results, and nothing else: no device, no path"
@@ -50,11 +59,16 @@ class Run:
     seed:int=0 # decides the retraining's order, the images explained, random scores
 
     def __post_init__(self):
-        for f, table, what in (('data', DATASETS, 'data set'), ('baseline', baselines(), 'baseline'), ('criterion', CRITERIA, 'criterion'),
-                               ('schedule', SCHEDULES, 'schedule'), ('share', SHARES, 'share'), ('scope', SCOPES, 'scope'), ('coupling', COUPLINGS, 'coupling')):
+        for f in fields(self): object.__setattr__(self, f.name, _typed(f.name, getattr(self, f.name), f.type))
+        for f, table, what in (
+                ('data', DATASETS, 'data set'), ('baseline', baselines(), 'baseline'), ('criterion', CRITERIA, 'criterion'),
+                ('schedule', SCHEDULES, 'schedule'), ('share', SHARES, 'share'), ('scope', SCOPES, 'scope'),
+                ('coupling', COUPLINGS, 'coupling'), ('baseline_input', BASELINES, 'baseline input'),
+                ('target', ('true', 'predicted'), 'target'), ('aggregate', AGGREGATIONS, 'aggregation')):
             one_of(getattr(self, f), table, what)
-        check_ratio(self.ratio); baseline(self.baseline).epoch(self.rewind); self.recipe
-        shares(self.ratio, self.steps)
+        for f in ('images', 'path_steps'):
+            if getattr(self, f) < 1: raise ValueError(f'{f} is {getattr(self, f)}, expected at least 1')
+        shares(self.ratio, self.steps); baseline(self.baseline).epoch(self.rewind); self.recipe
 
     @property
     def recipe(self) -> Recipe: # of the retraining after one pruning step
@@ -75,7 +89,7 @@ def grid(
 ) -> list[Run]:
     "Every combination of the listed values; fields that are not named keep their default"
     for k in lists: one_of(k, [f.name for f in fields(Run)], 'field of Run')
-    each = [v if isinstance(v, (list, tuple)) else [v] for v in lists.values()]
+    each = [[v] if isinstance(v, str) or not hasattr(v, '__iter__') else list(v) for v in lists.values()]
     return [Run(**dict(zip(lists, vs))) for vs in itertools.product(*each)]
 
 # %% ../nbs/05_experiments.ipynb #c012
@@ -107,11 +121,10 @@ def carry_out(
         scores = score(run.criterion, net, x, y, seed=run.seed + 1_000*i, **run.options())
         took = time.perf_counter()-start
         p = plan(scores, ratio, run.scope, run.coupling, gs, within=p)
-        with silenced(net, p): acc['pruned'] = on_val()
-        rewind(net, base.weights(run.rewind), p)
-        if snapshots is not None: snapshots['pruned'] = {k: v.clone() for k, v in net.state_dict().items()}
-        recalibrate(net, data, run.seed, plan=p)
-        if snapshots is not None: snapshots['recalibrated'] = {k: v.clone() for k, v in net.state_dict().items()}
+        keep = lambda name: snapshots is not None and snapshots.update({name: {k: v.clone() for k, v in net.state_dict().items()}})
+        silence(net, p); keep('pruned')
+        acc['pruned'] = on_val()
+        recalibrate(rewind(net, base.weights(run.rewind), p), data, run.seed); keep('recalibrated')
         acc['recalibrated'], start = on_val(), time.perf_counter()
         history = fit(net, data, run.recipe, run.seed + 1_000*i, p, progress and f'retraining, step {i} of {len(ratios)}')
         acc['retrained'] = on_val()
@@ -129,7 +142,7 @@ def row(
     dense = base.net().to(next(net.parameters()).device)
     on_test = lambda m: evaluate(m, data.test, data)[0]
     out = {'accuracy_dense': on_test(dense), 'accuracy': on_test(net)}
-    after, state = None, {k: v.clone() for k, v in net.state_dict().items()}
+    state = {k: v.clone() for k, v in net.state_dict().items()}
     for k, s in snapshots.items(): net.load_state_dict(s); out[f'accuracy_{k}'] = on_test(net)
     net.load_state_dict(state)
     full, small, gs = cost(dense, shape).sum(numeric_only=True), cost(cut(net, last.plan, shape), shape).sum(numeric_only=True), groups(dense, shape)
@@ -194,11 +207,13 @@ def execute_one(
     part, done, begin = store/f'.{run.id}.part.ipynb', store/f'{run.id}.ipynb', time.perf_counter()
     try:
         try: r = row_of(_papermill(run, part, threads))
-        except OSError: raise
+        except OSError as e: # the run's own errors come as papermill's: this one is the store's, or run.ipynb is not there
+            raise OSError(e.errno, f'{done.name} could not be written ({e.strerror}). Free some space, and run again: what is done is kept') \
+                if e.errno else e
         except Exception as e: # whatever a run can die of is recorded, and the others go on
             lines = str(e).strip().splitlines() or [type(e).__name__]
             r = dict(asdict(run), run_id=run.id, status='failed', error=lines[-1])
-        if part.exists(): os.replace(part, done)
+        if part.exists(): write_whole(done, part.read_bytes())
         r['seconds'] = time.perf_counter()-begin
         write_whole(store/f'{run.id}.json', json.dumps(r, indent=1))
         return r
@@ -208,7 +223,7 @@ def read_row(path:Path) -> dict|None: # None if it is no whole row
     "A row of a store"
     try: r = json.loads(path.read_text())
     except (ValueError, FileNotFoundError): return None
-    return r if isinstance(r, dict) and 'run_id' in r else None
+    return r if isinstance(r, dict) and {'run_id', 'status', 'seconds'} <= set(r) else None
 
 def execute(
     runs:Iterable[Run],

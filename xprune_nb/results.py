@@ -86,7 +86,7 @@ def _spread(v:pd.Series, level:float=0.95) -> dict:
 def _alike(rows:pd.DataFrame, by:Sequence[str]) -> None:
     "Refuse rows that differ in what a mean would silently run over"
     for b in by: one_of(b, list(rows.columns), 'column')
-    for c in (c for c in RUN if c in rows and c not in by and c != 'seed'):
+    for c in (c for c in RUN if c in rows and c not in by and c != 'seed' and rows[c].nunique() > 1):
         # settings must agree between criteria and ratios too; an option that a criterion doesn't take is NaN there
         part = [b for b in by if c in BY or b not in ('criterion', 'ratio')]
         counts = rows.groupby([*part, lambda i: 0], dropna=False)[c].nunique()
@@ -300,13 +300,14 @@ def frontier(
     base, names = draw(s), list(dict.fromkeys(s.criterion))
     # labels of neighbouring lines keep out of one another's way
     sides = (names[::2], dict(align='right', dx=-6, dy=-7)), (names[1::2], dict(align='left', dx=6, dy=8))
-    text = [draw(g).mark_text(fontSize=10, **side, **halo).encode(text=alt.Text('ratio', format='~g'))
-            for some, side in sides if len(g := s[s.criterion.isin(some)]) for halo in (dict(stroke='white', strokeWidth=3), {})]
+    text = lambda **kw: [draw(g).mark_text(fontSize=10, **side, **kw).encode(text=alt.Text('ratio', format='~g'))
+                         for some, side in sides if len(g := s[s.criterion.isin(some)])]
+    halo = text(stroke='white', strokeWidth=3) # keeps a label legible on a line
     points = base.mark_point(filled=True, size=60, opacity=1).encode(looks['shape'], tooltip=tips)
     subtitle = [*_about(rows, s.n, bars=False), 'numbers at the points: ratio']
     title = alt.TitleParams(f'What the accuracy costs, {schedule}', subtitle=subtitle)
     line = base.mark_line(strokeWidth=1.5, opacity=0.6).encode(order='ratio')
-    return alt.layer(*_rules(_levels(rows), rising=True), line, points, *text).properties(width=400, height=320, title=title)
+    return alt.layer(*_rules(_levels(rows), rising=True), line, *halo, points, *text()).properties(width=400, height=320, title=title)
 
 # %% ../nbs/06_results.ipynb #c048
 def versus(

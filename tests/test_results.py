@@ -1,0 +1,427 @@
+"""Tables and charts against scipy and plain numpy, on rows made up so that the answer is known; saving when the disk is full; the 40 printed cells."""
+import errno, hashlib, os, re
+from dataclasses import asdict
+from itertools import product
+
+import altair as alt
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings, strategies as st
+from scipy import stats
+
+from xprune_nb.data import COLOURS
+from xprune_nb.experiments import Run
+from xprune_nb.results import (BY, ORDER, THESIS, agreement, beside, chart, claims, findings, frontier, markdown, paired, read, save, stages, summary, table,
+                               thesis, thesis_chart, thesis_table, tidy, versus)
+
+DEFAULTS = asdict(Run())
+CRITERIA, SCHEDULES = ('conductance', 'lrp', 'magnitude', 'random'), ('oneshot', 'iterative')
+says = lambda *parts: '.*'.join(map(re.escape, parts))
+
+def made(accuracy=lambda s, c, r, k: .5, schedules=SCHEDULES, criteria=CRITERIA, ratios=(.5, .7, .9), seeds=(0, 1, 2), **also):
+    "Rows as a store gives them; `accuracy` says what each run reached"
+    return pd.DataFrame([DEFAULTS | dict(
+        schedule=s, criterion=c, ratio=r, seed=k, run_id=f'{s}-{c}-{r}-{k}', status='done', error=None, accuracy_dense=.74, accuracy_pruned=.1, accuracy_recalibrated=.2,
+        accuracy=accuracy(s, c, r, k), params=2e6*(1-r), macs=6e6*(1-r), alive=1-r, seconds=60.) | also
+        for s, c, r, k in product(schedules, criteria, ratios, seeds)])
+
+def noisy(seed=0, **kw):
+    "Accuracies without any order"
+    rng = np.random.default_rng(seed)
+    return made(lambda *_: rng.uniform(.1, .8), **kw)
+
+def won_by(winner, **kw): return made(lambda s, c, r, k: .9 - r/2 + .002*k + (.1 if c == winner else 0) - .01*CRITERIA.index(c), **kw)
+
+def spec(chart):
+    "What a chart draws; Altair numbers its views anew each time"
+    return re.sub(r'view_\d+', 'view', str(chart.to_dict(validate=False)))
+
+def data(chart):
+    "Every table inside a chart"
+    return [pd.DataFrame(d) for d in chart.to_dict(validate=False)['datasets'].values()]
+
+def points(chart):
+    "The plotted means, once each"
+    keep = [*BY, 'mean', 'n'] # `of` tells ours from the thesis' in `beside`
+    frames = [d[[c for c in (*keep, 'sd', 'cost', 'of') if c in d]] for d in data(chart) if 'mean' in d]
+    return pd.concat(frames).drop_duplicates().reset_index(drop=True)
+
+# --- means and intervals ---
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.floats(0, 1, allow_subnormal=False), min_size=2, max_size=8), st.floats(.5, .999))
+def test_summary_is_numpys_and_scipys(accuracies, level):
+    rows = made(lambda s, c, r, k: accuracies[k], schedules=['oneshot'], criteria=['lrp'], ratios=[.5], seeds=range(len(accuracies)))
+    line = summary(rows, level=level).iloc[0]
+    mean, sd = np.mean(accuracies), np.std(accuracies, ddof=1)
+    assert line.n == len(accuracies) and np.allclose([line['mean'], line.sd], [mean, sd], atol=1e-9)
+    if sd > 1e-6: assert np.allclose([line.low, line.high], stats.t.interval(level, len(accuracies)-1, mean, stats.sem(accuracies)), atol=1e-9)
+    assert line.low <= line['mean'] <= line.high
+
+def test_summary_of_every_cell():
+    rows = noisy()
+    s = summary(rows)
+    assert len(s) == 24 and list(s[list(BY)].itertuples(index=False, name=None)) == [*product(SCHEDULES, CRITERIA, (.5, .7, .9))]
+    for line in s.itertuples():
+        a = rows.query('schedule == @line.schedule and criterion == @line.criterion and ratio == @line.ratio').accuracy
+        assert (line.n, line.mean, line.sd) == (3, pytest.approx(a.mean()), pytest.approx(a.std()))
+
+def test_other_columns_are_summed_up_too():
+    assert summary(noisy(), value='macs')['mean'].tolist() == pytest.approx([3e6, 1.8e6, .6e6]*8)
+
+@pytest.mark.parametrize('seed', [0, 2])
+def test_one_run_has_no_spread(seed):
+    s = summary(noisy(seeds=[seed]))
+    assert (s.n == 1).all() and s[['sd', 'low', 'high']].isna().all(axis=None) and s['mean'].notna().all()
+    assert '±' not in table(noisy(seeds=[seed])).to_string() and 'no spread to show' in str(chart(noisy(seeds=[seed])).to_dict(validate=False)['title'])
+    assert 'errorbar' not in str(chart(noisy(seeds=[seed])).to_dict(validate=False)) and 'errorbar' in str(chart(noisy()).to_dict(validate=False))
+
+def test_equal_runs_have_a_spread_of_nought():
+    s = summary(made())
+    assert (s.sd == 0).all() and (s.low == s['mean']).all() and '0.500 ± 0.000' in table(made()).to_string()
+
+@settings(max_examples=5, deadline=None)
+@given(st.randoms(use_true_random=False))
+def test_the_order_of_the_rows_changes_nothing(random):
+    rows, order = noisy(), list(range(72))
+    random.shuffle(order)
+    shuffled = rows.iloc[order]
+    for f in (tidy, summary, paired, table): pd.testing.assert_frame_equal(f(shuffled), f(rows), check_exact=True)
+
+def test_the_order_of_the_rows_changes_nothing_that_is_said_or_drawn():
+    rows, shuffled = noisy(), noisy().sample(frac=1, random_state=5)
+    for f in (versus, agreement, claims): pd.testing.assert_frame_equal(f(shuffled), f(rows), check_exact=True)
+    assert findings(shuffled) == findings(rows)
+    for f in (chart, stages, frontier, beside): assert spec(f(shuffled)) == spec(f(rows))
+
+def test_rows_are_not_changed():
+    rows = noisy(); before = rows.copy()
+    for f in (tidy, summary, paired, table, versus, agreement, claims, findings, chart, stages, frontier, beside): f(rows)
+    pd.testing.assert_frame_equal(rows, before)
+
+def test_unknown_names_come_after_the_known_ones():
+    rows = noisy()
+    rows = pd.concat([rows.assign(criterion=rows.criterion.replace('random', c)) for c in ('zebra', 'deeplift', 'random')]).drop_duplicates([*BY, 'seed'])
+    assert list(dict.fromkeys(summary(rows).criterion)) == [*ORDER['criterion'], 'deeplift', 'zebra']
+    scale = chart(rows).to_dict(validate=False)['layer'][-1]['encoding']['color']['scale']
+    assert scale['domain'] == [*COLOURS, 'deeplift', 'zebra'] and scale['range'][:4] == list(COLOURS.values()) and len(set(scale['range'])) == 6
+
+# --- refusals ---
+
+@pytest.mark.parametrize('spoil,message', [
+    (lambda r: r[:0], says('there are no rows')),
+    (lambda r: r.drop(columns=['accuracy', 'seed']), says('have no column seed, accuracy; there are: ')),
+    (lambda r: r.assign(status='failed', error='disk full'), says('none of the 72 runs is done; the first error: disk full')),
+    (lambda r: r.assign(status='failed').drop(columns='error'), 'not recorded'),
+    (lambda r: r.assign(accuracy=r.accuracy*100), says('72 done rows have an accuracy outside [0, 1]')),
+    (lambda r: r.assign(accuracy=np.nan), says('outside [0, 1], the first one nan')),
+    (lambda r: pd.concat([r, r[5:7]]), says('2 runs are there twice', 'drop_duplicates first')),
+])
+def test_tidy_refuses(spoil, message):
+    with pytest.raises(ValueError, match=message): tidy(spoil(noisy()))
+
+def test_tidy_leaves_out_what_is_not_done():
+    rows = noisy()
+    rows.loc[:9, ['status', 'accuracy']] = 'failed', np.nan
+    assert len(tidy(rows)) == 62 and (tidy(rows).status == 'done').all() and '62 runs, 10 runs not done' in findings(rows)[0]
+
+def test_a_column_that_nothing_filled():
+    with pytest.raises(ValueError, match=says('no done row has a accuracy_pruned')): chart(noisy(accuracy_pruned=np.nan), value='accuracy_pruned')
+    assert len(stages(noisy(accuracy_pruned=np.nan)).to_dict(validate=False)['hconcat']) == 2
+
+def test_read(tmp_path):
+    with pytest.raises(FileNotFoundError, match=says('no rows at', 'xprune study')): read(tmp_path/'rows.csv')
+    rows = noisy()
+    rows.to_csv(tmp_path/'rows.csv', index=False)
+    again = read(tmp_path/'rows.csv')
+    assert again.rewind.map(type).eq(str).all() and again.seed.dtype.kind == 'i'
+    pd.testing.assert_frame_equal(summary(again), summary(rows))
+
+@pytest.mark.parametrize('column,other', [('coupling', 'coupled'), ('epochs', 5), ('images', 512), ('rewind', 3), ('data', 'cifar10'), ('scope', 'global')])
+def test_settings_are_not_mixed_until_named(column, other):
+    rows = pd.concat([noisy(), noisy(1).assign(**{column: other})])
+    for f in (summary, paired, table, chart, versus, findings):
+        with pytest.raises(ValueError, match=says(f'the rows differ in {column} (')): f(rows)
+    assert len(summary(rows, by=(*BY, column))) == 48
+    assert len(paired(rows, by=('schedule', 'ratio', column))) == 12
+    with pytest.raises(ValueError, match='the rows differ'): summary(rows.drop_duplicates([*BY, 'seed', 'run_id', column]).query(
+        f"{column} == @other or criterion != 'lrp'")) # also where no single cell mixes: criteria of different settings
+
+def test_an_option_that_a_criterion_does_not_take_is_no_difference():
+    rows = noisy()
+    rows['path_steps'] = rows.path_steps.where(rows.criterion == 'conductance')
+    assert len(summary(rows)) == 24
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match=says("no column called 'rato'; did you mean 'ratio'?")): summary(noisy(), by=('schedule', 'criterion', 'rato'))
+    with pytest.raises(ValueError, match=says("no schedule in these rows called 'oneshoot'; did you mean 'oneshot'?")): table(noisy(), 'oneshoot')
+    with pytest.raises(ValueError, match=says('the rows have no column latency')): chart(noisy(), value='latency')
+
+# --- pairs ---
+
+@pytest.mark.parametrize('seeds', [2, 3, 7])
+@pytest.mark.parametrize('b', ['random', 'lrp'])
+def test_paired_is_scipys(seeds, b):
+    rows = noisy(seeds, seeds=range(seeds))
+    out = paired(rows, 'conductance', b)
+    assert len(out) == 6 and (out.n == seeds).all() and (out.pairs == seeds).all()
+    for line in out.itertuples():
+        here = rows[(rows.schedule == line.schedule) & (rows.ratio == line.ratio)].sort_values('seed')
+        u, v = (here[here.criterion == c].accuracy.values for c in ('conductance', b))
+        test = stats.ttest_rel(u, v)
+        assert line.difference == pytest.approx((u-v).mean()) and line.sd == pytest.approx((u-v).std(ddof=1)) and line.p == pytest.approx(test.pvalue)
+        assert (line.low, line.high) == pytest.approx((*test.confidence_interval(),))
+
+def test_a_seed_is_averaged_before_it_counts():
+    rows = noisy(); wide = rows.query("schedule == 'iterative'").pivot(index='seed', columns=['criterion', 'ratio'], values='accuracy')
+    d = (wide['magnitude'] - wide['lrp']).mean(axis=1)
+    line = paired(rows, 'magnitude', 'lrp', by=('schedule',)).set_index('schedule').loc['iterative']
+    assert (line.n, line.pairs, line.difference) == (3, 9, pytest.approx(d.mean())) and line.p == pytest.approx(stats.ttest_1samp(d, 0).pvalue)
+    whole = paired(rows, 'magnitude', 'lrp', by=()).iloc[0]
+    assert (whole.n, whole.pairs) == (3, 18)
+
+def test_only_cells_that_every_seed_has_are_averaged():
+    rows = noisy().query("not (criterion == 'random' and seed == 2 and ratio == .9)")
+    two = paired(rows, by=('schedule',))
+    assert (two.n == 3).all() and (two.pairs == 6).all()
+    pd.testing.assert_frame_equal(two, paired(rows.query('ratio != .9'), by=('schedule',)))
+    assert paired(rows).query('ratio == .9').n.tolist() == [2, 2]
+
+def test_pairs_cancel_the_luck_of_a_seed():
+    rows = made(lambda s, c, r, k: .3 + .1*k + (.02 if c == 'conductance' else 0))
+    out = paired(rows)
+    assert np.allclose(out.difference, .02) and (out.sd < 1e-9).all() and (summary(rows).sd > .09).all()
+
+def test_without_a_pair_there_is_no_comparison():
+    rows = noisy()
+    apart = rows[(rows.criterion == 'lrp') & (rows.seed == 0) | (rows.criterion == 'random') & (rows.seed > 0)]
+    with pytest.raises(ValueError, match=says('no pair: no run with lrp has one with random at the same')): paired(apart, 'lrp', 'random')
+    with pytest.raises(ValueError, match='no pair'): paired(rows, 'lrp', 'lrp')
+    with pytest.raises(ValueError, match=says("called 'tailor'", 'There are: conductance, lrp')): paired(rows, 'tailor')
+    one = paired(rows.query('seed == 1'))
+    assert (one.n == 1).all() and one[['sd', 'low', 'high', 'p']].isna().all(axis=None)
+    scattered = rows[rows.seed.map({0: .5, 1: .7, 2: .9}) == rows.ratio]
+    with pytest.raises(ValueError, match='share no cell'): paired(scattered, by=('schedule',))
+
+# --- the thesis ---
+
+def test_the_forty_cells():
+    t = thesis()
+    assert len(t) == 40 and not t.duplicated(list(BY)).any() and (t.n == 3).all()
+    assert set(t[list(BY)].itertuples(index=False, name=None)) == {*product(SCHEDULES, CRITERIA, (.5, .6, .7, .8, .9))}
+    assert t.accuracy_mean.between(.10, .66).all() and t.accuracy_std.between(0, .19).all() and t.accuracy_mean.max() < THESIS['dense'] == .7539
+    for c in 'accuracy_mean', 'accuracy_std': assert (t[c]*100).map(lambda v: abs(v - round(v)) < 1e-9).all() # two decimals, as printed
+
+def test_the_cells_say_what_the_thesis_concludes():
+    t = thesis().set_index(list(BY)).accuracy_mean
+    assert t['oneshot', 'magnitude', .9] == t['oneshot', 'random', .9] == .10
+    for s, r in product(SCHEDULES, (.5, .6, .7, .8, .9)): assert t[s, 'conductance', r] == max(t[s, c, r] for c in CRITERIA)
+    for c in 'lrp', 'magnitude': assert t['iterative', c, .9] > t['oneshot', c, .9]
+    assert np.ptp([t['oneshot', c, .5] for c in CRITERIA]) < .04 < .3 < np.ptp([t['oneshot', c, .9] for c in CRITERIA])
+
+@pytest.mark.parametrize('cell,mean,sd', [
+    (('oneshot', 'conductance', .5), .66, .01), (('oneshot', 'conductance', .9), .48, .02), (('oneshot', 'lrp', .9), .27, .16),
+    (('oneshot', 'magnitude', .8), .49, .01), (('oneshot', 'random', .8), .14, .05), (('iterative', 'conductance', .7), .61, .02),
+    (('iterative', 'lrp', .9), .32, .19), (('iterative', 'magnitude', .9), .43, .01), (('iterative', 'random', .8), .40, .06),
+    (('iterative', 'random', .9), .10, .00)])
+def test_spot_cells(cell, mean, sd):
+    line = thesis().set_index(list(BY)).loc[cell]
+    assert (line.accuracy_mean, line.accuracy_std) == (mean, sd)
+    assert thesis_table(cell[0]).loc[cell[1], cell[2]] == f'{mean:.2f} ± {sd:.2f}'
+
+@pytest.mark.parametrize('schedule', SCHEDULES)
+def test_its_table_and_its_chart_are_its_cells(schedule):
+    t = thesis().query('schedule == @schedule')
+    wide = thesis_table(schedule)
+    assert list(wide.index) == list(CRITERIA) and list(wide.columns) == [.5, .6, .7, .8, .9, 'n'] and (wide.n == '3').all()
+    for c in t.itertuples(): assert wide.loc[c.criterion, c.ratio] == f'{c.accuracy_mean:.2f} ± {c.accuracy_std:.2f}'
+    drawn = points(thesis_chart(schedule)).set_index(['criterion', 'ratio'])
+    assert len(drawn) == 20
+    for c in t.itertuples(): assert (drawn.loc[(c.criterion, c.ratio), 'mean'], drawn.loc[(c.criterion, c.ratio), 'sd']) == (c.accuracy_mean, c.accuracy_std)
+
+def as_thesis(change=lambda a, s, c, r: a, **kw):
+    "Rows that reach what the thesis reports"
+    t = thesis().set_index(list(BY)).accuracy_mean
+    return made(lambda s, c, r, k: change(t[s, c, r], s, c, r), ratios=(.5, .6, .7, .8, .9), **kw)
+
+def test_versus():
+    rows = noisy(ratios=(.5, .75, .9))
+    v, s, t = versus(rows), summary(rows).set_index(list(BY)), thesis().set_index(list(BY))
+    assert len(v) == 16 and set(v.ratio) == {.5, .9} # .75 is not in the thesis
+    for line in v.itertuples():
+        k = line.schedule, line.criterion, line.ratio
+        assert (line.ours, line.sd, line.n) == (s.loc[k, 'mean'], s.loc[k, 'sd'], 3) and (line.thesis, line.thesis_sd) == (*t.loc[k, ['accuracy_mean', 'accuracy_std']],)
+        assert line.difference == pytest.approx(line.ours - line.thesis) and line.lost == pytest.approx(.74 - line.ours)
+        assert line.thesis_lost == pytest.approx(.7539 - line.thesis)
+    with pytest.raises(ValueError, match='none of these cells is in the thesis'): versus(noisy(ratios=(.55,)))
+
+def test_agreement_is_scipys():
+    rows = noisy(ratios=(.5, .6, .7, .8, .9))
+    a, v = agreement(rows), versus(rows)
+    assert len(a) == 1 + 2 + 10
+    for line in a.itertuples():
+        g = v[((v.schedule == line.schedule) | (line.schedule == 'all')) & ((v.ratio == line.ratio) | (line.ratio == 'all'))]
+        assert line.cells == len(g) and line.off == pytest.approx(np.abs(g.ours - g.thesis).mean())
+        assert (line.spearman, line.kendall) == pytest.approx((stats.spearmanr(g.ours, g.thesis)[0], stats.kendalltau(g.ours, g.thesis)[0]))
+        if line.ratio != 'all': assert line.best == g.set_index('criterion').ours.idxmax()
+
+def test_agreement_at_its_ends():
+    same, reverse = agreement(as_thesis()), agreement(as_thesis(lambda a, s, c, r: .9 - a))
+    assert np.allclose(same[['spearman', 'kendall']], 1) and np.allclose(same.off, 0) and (same.best == same.thesis_best).all()
+    assert np.allclose(reverse[['spearman', 'kendall']], -1)
+    level = agreement(made(ratios=(.5,)))
+    assert level[['spearman', 'kendall']].isna().all(axis=None) # nothing is ranked where all are equal
+    assert level[level.ratio == .5].best.tolist() == ['/'.join(CRITERIA)]*2
+
+# --- what is said ---
+
+def said(rows, word): return claims(rows).set_index('claim').here[lambda s: s.index.str.contains(word)].item()
+
+@pytest.mark.parametrize('winner', CRITERIA)
+def test_whoever_wins_is_said_to_win(winner):
+    rows, wins = won_by(winner), winner == 'conductance'
+    assert said(rows, 'best criterion').startswith('in 6 of 6' if wins else 'in 0 of 6')
+    lines = [l for l in findings(rows) if ', best: ' in l]
+    assert len(lines) == 2
+    for line in lines:
+        assert re.findall(r'(\w+) \d\.\d+ at', line) == [winner]*3
+        assert ('conductance' in re.sub(r'\(next: .*?\)', '', line)) == wins
+    for line in [l for l in findings(rows) if 'conductance − ' in l]:
+        assert (float(re.search(r': ([+-]\d\.\d+)', line)[1]) > 0) == (wins or f'− {winner},' not in line)
+
+def test_where_it_does_not_win_is_named():
+    rows = won_by('conductance')
+    rows.loc[(rows.criterion == 'random') & (rows.schedule == 'iterative') & (rows.ratio == .7), 'accuracy'] = .95
+    assert said(rows, 'best criterion') == 'in 5 of 6 (schedule, ratio); not in iterative 0.7'
+
+def test_a_tie_is_no_win():
+    assert said(made(), 'best criterion').startswith('in 0 of 6') and said(made(), 'smallest spread').startswith('in 0 of 6')
+
+@pytest.mark.parametrize('steady,count', [('conductance', 6), ('lrp', 0)])
+def test_the_spread_is_compared(steady, count):
+    assert said(made(lambda s, c, r, k: .5 + k*(.001 if c == steady else .02)), 'smallest spread').startswith(f'in {count} of 6')
+    assert said(noisy(seeds=[0]), 'smallest spread').startswith('cannot be said')
+
+@pytest.mark.parametrize('gain', [.1, -.1])
+def test_the_schedules_are_compared(gain):
+    assert said(made(lambda s, c, r, k: .5 + gain*(s == 'iterative')), 'iterative beats') == 'at 0.9: ' + ', '.join(f'{c} {gain:+.3f}' for c in CRITERIA)
+    assert 'iterative beats one-shot at high ratios' not in set(claims(noisy(schedules=['oneshot'])).claim)
+
+def test_chance_and_distance_are_numbers_of_these_rows():
+    rows = made(lambda s, c, r, k: .3 if c == 'random' else .4 if c == 'magnitude' else .6)
+    assert said(rows, 'fall to chance') == 'at 0.9: magnitude 0.400, random 0.300'
+    assert said(rows, 'about the same') == 'oneshot: 0.300 apart at 0.5, 0.300 apart at 0.9; iterative: 0.300 apart at 0.5, 0.300 apart at 0.9'
+
+@pytest.mark.parametrize('rows', [noisy(criteria=['random']), noisy(criteria=['lrp', 'random'], seeds=[0]), noisy(ratios=[.55]), noisy(schedules=['iterative'], ratios=[.9])])
+def test_small_studies_have_findings_too(rows):
+    lines = findings(rows)
+    assert all(isinstance(l, str) and 'nan' not in l for l in lines) and lines[0].startswith(f'{len(rows)} run')
+    for f in (chart, frontier, stages): assert f(rows, rows.schedule[0]).to_dict(validate=False)['datasets']
+
+def test_one_seed_is_said_to_be_one():
+    lines = findings(noisy(seeds=[0]))
+    assert any(l.startswith('one seed: no interval') and '1,000 test images' in l and '±0.031' in l for l in lines) and not any('95 %' in l for l in lines)
+    assert any('95 %' in l for l in findings(noisy()))
+
+# --- charts ---
+
+@pytest.mark.parametrize('seeds', [(0,), (0, 1, 2)])
+@pytest.mark.parametrize('schedule', SCHEDULES)
+def test_a_chart_holds_the_summary(schedule, seeds):
+    rows = noisy(seeds=seeds)
+    s = summary(rows).query('schedule == @schedule').set_index(['criterion', 'ratio'])
+    for c in chart(rows, schedule), frontier(rows, schedule):
+        p = points(c).set_index(['criterion', 'ratio'])
+        assert len(p) == 12 and set(p.schedule) == {schedule}
+        for k, line in p.iterrows():
+            assert line['mean'] == s.loc[k, 'mean'] and line.n == len(seeds)
+            assert line.sd == s.loc[k, 'sd'] if len(seeds) > 1 else pd.isna(line.sd)
+    assert np.allclose(points(frontier(rows, schedule)).set_index('ratio').cost.loc[.9], .6)
+
+def test_stages_hold_three_summaries():
+    rows = noisy(accuracy_pruned=.15)
+    panels = stages(rows).to_dict(validate=False)
+    assert [p['title']['text'] for p in panels['hconcat']] == ['right after pruning', 'batch norm recalibrated', 'retrained']
+    means = [d['mean'].tolist() for d in data(stages(rows)) if 'mean' in d]
+    for value in 'accuracy_pruned', 'accuracy_recalibrated', 'accuracy': assert summary(rows[rows.schedule == 'oneshot'], value=value)['mean'].tolist() in means
+
+def test_beside_holds_both():
+    rows = noisy()
+    p, v = points(beside_n(rows)), versus(rows)
+    for of in 'ours', 'thesis':
+        g = p[p.of == of].drop_duplicates(list(BY)).set_index(list(BY))['mean']
+        assert len(g) == 24
+        for line in v.itertuples(): assert g[line.schedule, line.criterion, line.ratio] == getattr(line, of)
+
+def beside_n(rows):
+    "`beside`, with what a panel lacks for `points`"
+    spec = beside(rows).to_dict(validate=False)
+    for d in spec['datasets'].values():
+        for r in d: r.setdefault('n', 3)
+    return type('Spec', (), dict(to_dict=lambda self, **_: spec))()
+
+def test_the_rules_are_chance_and_the_dense_network():
+    texts = {r for d in data(chart(noisy())) if 'text' in d for r in d.text}
+    assert texts == {'dense network 0.740', 'chance 0.10'}
+    assert not any('text' in d for d in data(chart(noisy(), value='alive'))) # no accuracy, no such lines
+
+def test_everything_drawn_is_within_the_axes():
+    rows = made(lambda s, c, r, k: [.2, .99, 1.][k])
+    y = chart(rows).to_dict(validate=False)['layer'][-1]['encoding']['y']['scale']['domain']
+    assert y == [0, 1]
+    s = summary(noisy())
+    assert chart(noisy()).to_dict(validate=False)['layer'][-1]['encoding']['y']['scale']['domain'][1] >= min(1, s.query("schedule == 'oneshot'").eval('mean + sd').max())
+
+def test_markdown():
+    text = markdown(table(noisy()))
+    lines = text.split('\n')
+    assert len(lines) == 6 and lines[0].startswith('| criterion | 0.5 | 0.7 | 0.9 | n |') and len({l.count('|') for l in lines}) == 1
+    for name, line in zip(CRITERIA, lines[2:]): assert line.startswith(f'| {name} | ') and line.endswith(' | 3 |')
+
+def test_table_tells_uneven_numbers_of_seeds():
+    rows = noisy().query("not (criterion == 'lrp' and ratio == .9 and seed > 0)").query("not (criterion == 'random' and ratio == .7)")
+    t = table(rows)
+    assert t.loc['lrp', 'n'] == '1 to 3' and '±' not in t.loc['lrp', .9] and t.loc['random', .7] == '–'
+
+# --- saving ---
+
+digests = lambda paths: {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in paths}
+
+def test_save_is_deterministic(tmp_path):
+    rows = noisy()
+    first = save(chart(rows), summary(rows), tmp_path/'a'/'b', 'oneshot')
+    again = save(chart(rows.sample(frac=1, random_state=3)), summary(rows.sample(frac=1, random_state=4)), tmp_path/'c', 'oneshot')
+    assert [p.name for p in first] == ['oneshot.svg', 'oneshot.png', 'oneshot.csv'] and digests(first) == digests(again)
+    assert first[1].read_bytes().startswith(b'\x89PNG') and first[0].read_text().startswith('<svg')
+    pd.testing.assert_frame_equal(pd.read_csv(first[2]), summary(rows))
+    assert sorted(p.name for p in (tmp_path/'a'/'b').iterdir()) == sorted(p.name for p in first)
+
+def test_a_table_with_names_keeps_them(tmp_path):
+    assert save(chart(noisy()), table(noisy()), tmp_path, 't')[2].read_text().startswith('criterion,0.5,0.7,0.9,n\nconductance,')
+
+@pytest.mark.parametrize('call', ['replace', 'fsync'])
+def test_a_full_disk(tmp_path, monkeypatch, call):
+    rows = noisy()
+    old = save(chart(rows), summary(rows), tmp_path, 'kept')
+    before = digests(old)
+    def full(*_): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(os, call, full)
+    for name in 'kept', 'new':
+        with pytest.raises(OSError, match=says(f'{name}.svg could not be written (No space left on device); nothing was changed', 'Free some space')) as e:
+            save(chart(noisy(1)), summary(noisy(1)), tmp_path, name)
+        assert e.value.errno == errno.ENOSPC
+    assert digests(tmp_path.iterdir()) == before # nothing new, nothing half, nothing lost
+
+def test_nothing_is_written_for_a_chart_that_cannot_be_drawn(tmp_path):
+    broken = alt.Chart(summary(noisy())).mark_point().encode(x='nowhere')
+    with pytest.raises(ValueError): save(broken, summary(noisy()), tmp_path/'out', 'x')
+    assert not (tmp_path/'out').exists()
+
+@pytest.mark.parametrize('name', ['', '.', '/', 'a/b', '../up', '/abs', 'a/'])
+def test_odd_names_are_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=says(f"'{name}' is no file name")): save(chart(noisy()), summary(noisy()), tmp_path/'out', name)
+    assert not (tmp_path/'out').exists()
+
+def test_a_name_may_have_dots_and_spaces(tmp_path):
+    assert [p.name for p in save(chart(noisy()), summary(noisy()), tmp_path, 'ratio 0.5 ü')] == [f'ratio 0.5 ü.{e}' for e in ('svg', 'png', 'csv')]
