@@ -17,6 +17,7 @@ from xprune_nb.results import (BY, ORDER, THESIS, agreement, beside, chart, clai
 
 DEFAULTS = asdict(Run())
 CRITERIA, SCHEDULES = ('conductance', 'lrp', 'magnitude', 'random'), ('oneshot', 'iterative')
+SMALL = dict(criteria=('conductance', 'random'), ratios=(.5, .9)) # where what is drawn doesn't matter
 says = lambda *parts: '.*'.join(map(re.escape, parts))
 
 def made(accuracy=lambda s, c, r, k: .5, schedules=SCHEDULES, criteria=CRITERIA, ratios=(.5, .7, .9), seeds=(0, 1, 2), **also):
@@ -49,7 +50,7 @@ def points(chart):
 
 # --- means and intervals ---
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.lists(st.floats(0, 1, allow_subnormal=False), min_size=2, max_size=8), st.floats(.5, .999))
 def test_summary_is_numpys_and_scipys(accuracies, level):
     rows = made(lambda s, c, r, k: accuracies[k], schedules=['oneshot'], criteria=['lrp'], ratios=[.5], seeds=range(len(accuracies)))
@@ -81,7 +82,7 @@ def test_equal_runs_have_a_spread_of_nought():
     s = summary(made())
     assert (s.sd == 0).all() and (s.low == s['mean']).all() and '0.500 ± 0.000' in table(made()).to_string()
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(st.randoms(use_true_random=False))
 def test_the_order_of_the_rows_changes_nothing(random):
     rows, order = noisy(), list(range(72))
@@ -90,13 +91,13 @@ def test_the_order_of_the_rows_changes_nothing(random):
     for f in (tidy, summary, paired, table): pd.testing.assert_frame_equal(f(shuffled), f(rows), check_exact=True)
 
 def test_the_order_of_the_rows_changes_nothing_that_is_said_or_drawn():
-    rows, shuffled = noisy(), noisy().sample(frac=1, random_state=5)
+    rows, shuffled = noisy(**SMALL), noisy(**SMALL).sample(frac=1, random_state=5)
     for f in (versus, agreement, claims): pd.testing.assert_frame_equal(f(shuffled), f(rows), check_exact=True)
     assert findings(shuffled) == findings(rows)
     for f in (chart, stages, frontier, beside): assert spec(f(shuffled)) == spec(f(rows))
 
 def test_rows_are_not_changed():
-    rows = noisy(); before = rows.copy()
+    rows = noisy(**SMALL); before = rows.copy()
     for f in (tidy, summary, paired, table, versus, agreement, claims, findings, chart, stages, frontier, beside): f(rows)
     pd.testing.assert_frame_equal(rows, before)
 
@@ -138,10 +139,10 @@ def test_read(tmp_path):
     assert again.rewind.map(type).eq(str).all() and again.seed.dtype.kind == 'i'
     pd.testing.assert_frame_equal(summary(again), summary(rows))
 
-@pytest.mark.parametrize('column,other', [('coupling', 'coupled'), ('epochs', 5), ('images', 512), ('rewind', 3), ('data', 'cifar10'), ('scope', 'global')])
+@pytest.mark.parametrize('column,other', [('coupling', 'coupled'), ('epochs', 5), ('rewind', 3), ('data', 'cifar10')])
 def test_settings_are_not_mixed_until_named(column, other):
     rows = pd.concat([noisy(), noisy(1).assign(**{column: other})])
-    for f in (summary, paired, table, chart, versus, findings):
+    for f in (summary, paired, chart, versus, findings):
         with pytest.raises(ValueError, match=says(f'the rows differ in {column} (')): f(rows)
     assert len(summary(rows, by=(*BY, column))) == 48
     assert len(paired(rows, by=('schedule', 'ratio', column))) == 12
@@ -160,7 +161,7 @@ def test_unknown_names_are_refused():
 
 # --- pairs ---
 
-@pytest.mark.parametrize('seeds', [2, 3, 7])
+@pytest.mark.parametrize('seeds', [2, 7])
 @pytest.mark.parametrize('b', ['random', 'lrp'])
 def test_paired_is_scipys(seeds, b):
     rows = noisy(seeds, seeds=range(seeds))
@@ -389,7 +390,7 @@ def test_table_tells_uneven_numbers_of_seeds():
 digests = lambda paths: {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in paths}
 
 def test_save_is_deterministic(tmp_path):
-    rows = noisy()
+    rows = noisy(**SMALL)
     first = save(chart(rows), summary(rows), tmp_path/'a'/'b', 'oneshot')
     again = save(chart(rows.sample(frac=1, random_state=3)), summary(rows.sample(frac=1, random_state=4)), tmp_path/'c', 'oneshot')
     assert [p.name for p in first] == ['oneshot.svg', 'oneshot.png', 'oneshot.csv'] and digests(first) == digests(again)
@@ -398,30 +399,30 @@ def test_save_is_deterministic(tmp_path):
     assert sorted(p.name for p in (tmp_path/'a'/'b').iterdir()) == sorted(p.name for p in first)
 
 def test_a_table_with_names_keeps_them(tmp_path):
-    assert save(chart(noisy()), table(noisy()), tmp_path, 't')[2].read_text().startswith('criterion,0.5,0.7,0.9,n\nconductance,')
+    assert save(chart(noisy(**SMALL)), table(noisy(**SMALL)), tmp_path, 't')[2].read_text().startswith('criterion,0.5,0.9,n\nconductance,')
 
 @pytest.mark.parametrize('call', ['replace', 'fsync'])
 def test_a_full_disk(tmp_path, monkeypatch, call):
-    rows = noisy()
+    rows = noisy(**SMALL)
     old = save(chart(rows), summary(rows), tmp_path, 'kept')
     before = digests(old)
     def full(*_): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     monkeypatch.setattr(os, call, full)
     for name in 'kept', 'new':
         with pytest.raises(OSError, match=says(f'{name}.svg could not be written (No space left on device); nothing was changed', 'Free some space')) as e:
-            save(chart(noisy(1)), summary(noisy(1)), tmp_path, name)
+            save(chart(noisy(1, **SMALL)), summary(noisy(1, **SMALL)), tmp_path, name)
         assert e.value.errno == errno.ENOSPC
     assert digests(tmp_path.iterdir()) == before # nothing new, nothing half, nothing lost
 
 def test_nothing_is_written_for_a_chart_that_cannot_be_drawn(tmp_path):
-    broken = alt.Chart(summary(noisy())).mark_point().encode(x='nowhere')
-    with pytest.raises(ValueError): save(broken, summary(noisy()), tmp_path/'out', 'x')
+    broken = alt.Chart(summary(noisy(**SMALL))).mark_point().encode(x='nowhere')
+    with pytest.raises(ValueError): save(broken, summary(noisy(**SMALL)), tmp_path/'out', 'x')
     assert not (tmp_path/'out').exists()
 
 @pytest.mark.parametrize('name', ['', '.', '/', 'a/b', '../up', '/abs', 'a/'])
 def test_odd_names_are_refused(tmp_path, name):
-    with pytest.raises(ValueError, match=says(f"'{name}' is no file name")): save(chart(noisy()), summary(noisy()), tmp_path/'out', name)
+    with pytest.raises(ValueError, match=says(f"'{name}' is no file name")): save(chart(noisy(**SMALL)), summary(noisy(**SMALL)), tmp_path/'out', name)
     assert not (tmp_path/'out').exists()
 
 def test_a_name_may_have_dots_and_spaces(tmp_path):
-    assert [p.name for p in save(chart(noisy()), summary(noisy()), tmp_path, 'ratio 0.5 ü')] == [f'ratio 0.5 ü.{e}' for e in ('svg', 'png', 'csv')]
+    assert [p.name for p in save(chart(noisy(**SMALL)), summary(noisy(**SMALL)), tmp_path, 'ratio 0.5 ü')] == [f'ratio 0.5 ü.{e}' for e in ('svg', 'png', 'csv')]

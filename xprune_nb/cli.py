@@ -8,7 +8,6 @@ __all__ = ['STUDY', 'PRESETS', 'preset', 'figures', 'study', 'main']
 # %% ../nbs/08_cli.ipynb #c002
 import argparse, json, sys, time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
@@ -20,32 +19,32 @@ from .results import beside, chart, findings, save, stages, summary, table, vers
 # %% ../nbs/08_cli.ipynb #c005
 STUDY = dict(criterion=['random', 'magnitude', 'conductance', 'lrp'], schedule=['oneshot', 'iterative'])
 PRESETS = dict(
-    quick=dict(STUDY, data='cifar10-mini', ratio=[0.5, 0.7, 0.9], images=64),
+    quick=dict(STUDY, data='cifar10-mini', ratio=[0.5, 0.9], images=64),
     cpu=dict(STUDY, data='cifar10', ratio=[0.5, 0.7, 0.9], images=128),
-    thesis=dict(STUDY, data='cifar10', ratio=[0.5, 0.6, 0.7, 0.8, 0.9], seed=[0, 1, 2], images=512, path_steps=20, epochs=10))
+    thesis=dict(STUDY, data='cifar10', ratio=[0.5, 0.6, 0.7, 0.8, 0.9], seed=[0, 1, 2],
+                images=512, path_steps=20, epochs=10))
 
 def preset(
     name:str, # key of `PRESETS`
 ) -> list[Run]:
-    "The runs of a study, the shorter ones first"
-    return sorted(grid(**PRESETS[one_of(name, PRESETS, 'preset')]), key=lambda r: (r.seed, r.schedule == 'iterative'))
+    "The runs of a study, seed by seed, the shorter ones first (`ValueError` for an unknown name)"
+    runs = grid(**PRESETS[one_of(name, PRESETS, 'preset')])
+    return sorted(runs, key=lambda r: (r.seed, r.schedule == 'iterative'))
 
 # %% ../nbs/08_cli.ipynb #c008
 def figures(
-    rows:pd.DataFrame, # from `execute`
-    folder:str|Path,
+    rows:pd.DataFrame, # from `execute`; at least one is done
+    folder:str|Path, # made if need be
 ) -> list[Path]: # the charts as PNG
-    "Write the rows, the two charts and tables of the study, each beside the thesis, and the stages, into a folder"
-    folder, written = Path(folder), []
-    if 'versions' in rows: rows = rows.assign(versions=rows.versions.map(lambda v: json.dumps(v) if isinstance(v, dict) else v))
-    write_whole(folder/'rows.csv', rows.to_csv(index=False, lineterminator='\n'))
-    done = rows[rows.status == 'done']
-    for s in done.schedule.unique():
-        written.append(save(chart(done, s), table(done, s), folder, s)[1])
-    written.append(save(beside(done), versus(done), folder, 'beside')[1])
+    "Write the rows, the study's two charts and tables, the thesis beside them, and the stages, into a folder"
+    folder, done = Path(folder), rows[rows.status == 'done']
+    plain = rows.map(lambda v: json.dumps(v) if isinstance(v, dict) else v) # the versions
+    write_whole(folder/'rows.csv', plain.to_csv(index=False, lineterminator='\n'))
     first = done.schedule.iloc[0]
-    written.append(save(stages(done, first), summary(done[done.schedule == first]), folder, 'stages')[1])
-    return written
+    shown = {s: (chart(done, s), table(done, s)) for s in done.schedule.unique()}
+    shown['beside'] = beside(done), versus(done)
+    shown['stages'] = stages(done, first), summary(done[done.schedule == first])
+    return [save(picture, numbers, folder, name)[1] for name, (picture, numbers) in shown.items()]
 
 # %% ../nbs/08_cli.ipynb #c010
 def study(
@@ -65,20 +64,24 @@ def study(
     for r in failed.itertuples(): print(f'failed: {r.run_id}: {r.error}', file=sys.stderr)
     if len(failed) == len(rows): return 1
     charts = figures(rows, folder)
-    print(f'\n{len(rows) - len(failed)} of {len(runs)} runs done ({(time.perf_counter()-begin)/60:.1f} minutes). What was found:')
+    minutes = (time.perf_counter()-begin)/60
+    print(f'\n{len(rows) - len(failed)} of {len(runs)} runs done ({minutes:.1f} minutes). What was found:')
     for line in findings(rows): print(f'  - {line}')
     print('Where to look:')
     for p in charts: print(f'  {p}')
-    print(f'  {store}/*.ipynb  one page a run\n  nbs/study.ipynb  what agrees with the thesis on the whole CIFAR-10, and what does not')
+    print(f'  {store}/*.ipynb  one page a run')
+    print('  nbs/study.ipynb  what agrees with the thesis on the whole CIFAR-10, and what does not')
     return int(len(failed) > 0)
 
 def main(
     argv:Sequence[str]|None=None, # None: what the shell gave
 ) -> int: # exit status
     "`xprune`"
-    top = argparse.ArgumentParser('xprune', description='Prune the filters of convolutional networks by what explains their decisions.')
+    about = 'Prune the filters of convolutional networks by what explains their decisions.'
+    top = argparse.ArgumentParser('xprune', description=about)
     sub = top.add_subparsers(dest='command', required=True)
-    p = sub.add_parser('study', help='run a grid and draw its figures; call it again to resume', description=study.__doc__)
+    again = 'run a grid and draw its figures; call it again to resume'
+    p = sub.add_parser('study', help=again, description=study.__doc__)
     p.add_argument('--preset', default='quick', help=f"{', '.join(PRESETS)} (default: quick)")
     p.add_argument('--store', help='folder of notebooks and rows (default: runs/PRESET)')
     p.add_argument('--figures', help='folder of charts and tables (default: figures/PRESET)')
@@ -88,4 +91,5 @@ def main(
     a = top.parse_args(argv)
     try: return study(a.preset, a.store, a.figures, a.jobs, a.threads, a.backend)
     except (ValueError, OSError) as e: print(f'xprune: {e}', file=sys.stderr); return 2
-    except KeyboardInterrupt: print('\nxprune: stopped; the same command goes on from here', file=sys.stderr); return 130
+    except KeyboardInterrupt:
+        print('\nxprune: stopped; the same command goes on from here', file=sys.stderr); return 130
