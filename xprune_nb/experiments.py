@@ -16,6 +16,7 @@ import joblib
 import numpy as np
 import pandas as pd
 import torch
+from joblib.externals.loky import get_reusable_executor
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -244,6 +245,7 @@ def execute(
          joblib.parallel_config(backend=backend, n_jobs=n_jobs or joblib.cpu_count()):
         for r in joblib.Parallel(return_as='generator_unordered')(joblib.delayed(execute_one)(r, store, threads) for r in todo):
             bar.set_postfix_str(f"{r['run_id'].rsplit('-', 1)[0]}: " + (f"{r['accuracy']:.3f}" if r['status'] == 'done' else 'failed')); bar.update()
+    if backend == 'loky': get_reusable_executor(reuse=True).shutdown() # idle workers would keep a caller from ending for minutes
     return rows(store, runs)
 
 def rows(
