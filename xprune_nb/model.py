@@ -7,7 +7,7 @@ __all__ = ['MODELS', 'STEMS', 'build', 'convs', 'batch_norms', 'evaluating', 'co
            'load_weights', 'Baseline', 'baselines', 'baseline']
 
 # %% ../nbs/01_model.ipynb #c002
-import hashlib, json
+import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,18 +16,21 @@ from pathlib import Path
 import pandas as pd
 import safetensors.torch
 import torch
+import torch.fx
 import torchvision
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from .data import ASSETS, one_of, write_whole
+from .data import ASSETS, one_of, read_about, write_whole
 
 # %% ../nbs/01_model.ipynb #c005
 def _cifar_mobilenet_v2(net:nn.Module) -> None:
+    "Two halvings less"
     net.features[0][0].stride = (1, 1)
     net.features[2].conv[1][0].stride = (1, 1)
 
-MODELS = dict(mobilenet_v2=(torchvision.models.mobilenet_v2, _cifar_mobilenet_v2)) # name: (constructor, how to get the CIFAR stem or None)
+MODELS = dict( # name = (constructor, how to get the CIFAR stem or None)
+    mobilenet_v2=(torchvision.models.mobilenet_v2, _cifar_mobilenet_v2))
 STEMS = 'imagenet', 'cifar'
 
 def build(
@@ -36,14 +39,15 @@ def build(
     stem:str='imagenet', # torchvision's strides, or 'cifar': strides for 32x32
     seed:int=0, # of the first weights
 ) -> nn.Module: # in eval mode, on the CPU
-    "An untrained network of torchvision"
+    "An untrained network of torchvision (`ValueError` for an unknown name or stem)"
     make, to_cifar = MODELS[one_of(name, MODELS, 'model')]
     one_of(stem, STEMS, 'stem')
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = make(weights=None, num_classes=classes)
     if stem == 'cifar':
-        if to_cifar is None: raise ValueError(f"'{name}' has no stem for small images here; build it with stem='imagenet'")
+        if to_cifar is None:
+            raise ValueError(f"'{name}' has no stem for small images here; build it with stem='imagenet'")
         to_cifar(net)
     return net.eval()
 
@@ -58,11 +62,12 @@ def convs(
 
 def batch_norms(
     model:nn.Module,
-) -> dict[str, str]: # name of a convolution -> name of the batch normalisation that takes its output, for those that have one
-    "Which batch normalisation follows which convolution, read off the traced graph"
+) -> dict[str, str]: # name of a convolution -> name of its batch normalisation; none for those that have none
+    "Which batch normalisation takes the output of which convolution, read off the traced graph"
     mods, graph = dict(model.named_modules()), torch.fx.symbolic_trace(model).graph
-    return {n.args[0].target: n.target for n in graph.nodes if n.op == 'call_module' and isinstance(mods[n.target], nn.BatchNorm2d)
-            and n.args[0].op == 'call_module' and isinstance(mods[n.args[0].target], nn.Conv2d)}
+    calls = lambda n, kind: n.op == 'call_module' and isinstance(mods[n.target], kind)
+    pairs = [(n.all_input_nodes[0], n) for n in graph.nodes if calls(n, nn.BatchNorm2d)]
+    return {conv.target: norm.target for conv, norm in pairs if calls(conv, nn.Conv2d)}
 
 # %% ../nbs/01_model.ipynb #c012
 @contextmanager
@@ -81,14 +86,16 @@ def cost(
     rows, hooks = {}, []
     def count(name):
         def hook(m, inputs, out):
-            row = rows.setdefault(name, dict(kind=type(m).__name__, filters=m.out_channels if isinstance(m, nn.Conv2d) else 0,
-                                             params=sum(p.numel() for p in m.parameters(recurse=False)), macs=0))
-            if isinstance(m, (nn.Conv2d, nn.Linear)): row['macs'] += out[0].numel()//m.weight.shape[0] * m.weight.numel()
+            filters = m.out_channels if isinstance(m, nn.Conv2d) else 0
+            params = sum(p.numel() for p in m.parameters(recurse=False))
+            row = rows.setdefault(name, dict(kind=type(m).__name__, filters=filters, params=params, macs=0))
+            if isinstance(m, (nn.Conv2d, nn.Linear)):
+                row['macs'] += out[0].numel()//m.weight.shape[0] * m.weight.numel()
         return hook
-    for n, m in model.named_modules():
-        if next(m.parameters(recurse=False), None) is not None: hooks.append(m.register_forward_hook(count(n)))
     p = next(model.parameters())
     try:
+        for n, m in model.named_modules():
+            if next(m.parameters(recurse=False), None) is not None: hooks.append(m.register_forward_hook(count(n)))
         with evaluating(model), torch.no_grad(): model(torch.zeros(1, *shape, device=p.device, dtype=p.dtype))
     finally:
         for h in hooks: h.remove()
@@ -114,7 +121,8 @@ def read_weights(
     try:
         if wrong: raise SafetensorError('its SHA-256 is not the recorded one')
         return safetensors.torch.load(content)
-    except SafetensorError as e: raise OSError(f'{Path(path).name} is damaged ({e}). Get it anew, or train again') from e
+    except SafetensorError as e:
+        raise OSError(f'{Path(path).name} is damaged ({e}). Get it anew, or train again') from e
 
 def load_weights(
     model:nn.Module, # changed in place
@@ -143,7 +151,7 @@ class Baseline:
     history:pd.DataFrame # one row an epoch
     test_accuracy:float # after the last epoch, on the 10,000 test images
     files:dict[int, str] # epoch -> SHA-256 of the stored weights
-    versions:dict[str, str]
+    versions:dict[str, str] # of what trained it
 
     @property
     def epochs(self) -> list[int]: # those whose weights are known, 0 = the first weights
@@ -154,8 +162,9 @@ class Baseline:
     ) -> int:
         "The number of an epoch whose weights are known (`ValueError` for others)"
         if e == 'last': return self.epochs[-1]
-        if e not in self.epochs: raise ValueError(f"{self.name} keeps no weights of epoch {e!r}. There are: {', '.join(map(str, self.epochs))}, last")
-        return e
+        if e in self.epochs: return e
+        there = ', '.join(map(str, self.epochs))
+        raise ValueError(f'{self.name} keeps no weights of epoch {e!r}. There are: {there}, last')
 
     def weights(self, e:int|str='last') -> dict[str, Tensor]:
         "The state dict after an epoch (0 = before the first)"
@@ -174,7 +183,7 @@ def baselines() -> list[str]:
 def baseline(
     name:str='mobilenet_v2-cifar10', # one of `baselines()`
 ) -> Baseline:
-    "An embedded baseline"
-    about = json.loads((ASSETS/f"baseline-{one_of(name, baselines(), 'baseline')}.json").read_text())
+    "An embedded baseline (`ValueError` for an unknown name, `OSError` if its description is damaged)"
+    about = read_about(ASSETS/f"baseline-{one_of(name, baselines(), 'baseline')}.json")
     about['files'] = {int(k): v for k, v in about['files'].items()}
     return Baseline(**{**about, 'history': pd.DataFrame(about['history'])})

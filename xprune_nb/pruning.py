@@ -23,12 +23,13 @@ from .model import batch_norms, convs, evaluating, load_weights
 # %% ../nbs/03_pruning.ipynb #c005
 @contextmanager
 def _graph(model:nn.Module, shape:tuple[int, int, int]) -> Iterator[torch_pruning.DependencyGraph]:
-    "The dependencies, read off a pass in eval mode with gradients on; afterwards the model's modes and wishes for gradients are as they were"
+    "The dependencies, from a pass in eval mode with gradients on; afterwards modes and `requires_grad` are as before"
     p, wants = next(model.parameters()), {n: q.requires_grad for n, q in model.named_parameters()}
     try:
         with evaluating(model), torch.enable_grad():
             model.requires_grad_()
-            yield torch_pruning.DependencyGraph().build_dependency(model, torch.zeros(1, *shape, device=p.device, dtype=p.dtype))
+            image = torch.zeros(1, *shape, device=p.device, dtype=p.dtype)
+            yield torch_pruning.DependencyGraph().build_dependency(model, image)
     finally:
         for n, q in model.named_parameters(): q.requires_grad_(wants[n])
 
@@ -42,8 +43,8 @@ def groups(
         for conv, name in names.items():
             if any(name in g for g in found): continue
             deps = graph.get_pruning_group(conv, torch_pruning.prune_conv_out_channels, [0])
-            outs = {names[d.target.module] for d, _ in deps if d.target.module in names and graph.is_out_channel_pruning_fn(d.handler)}
-            found.append(tuple(n for n in names.values() if n in outs))
+            outs = {d.target.module for d, _ in deps if graph.is_out_channel_pruning_fn(d.handler)}
+            found.append(tuple(n for m, n in names.items() if m in outs))
     return found
 
 # %% ../nbs/03_pruning.ipynb #c009
@@ -58,7 +59,9 @@ def check_ratio(ratio:float) -> float: # itself
 
 def _keep_largest(s:Tensor, ratio:float, name:str) -> Tensor:
     gone = round(ratio*len(s))
-    if gone == len(s): raise ValueError(f"ratio {ratio} would leave layer '{name}' ({len(s)} filters) without a filter; the largest possible there is below {(len(s)-.5)/len(s):.3f}")
+    if gone == len(s):
+        raise ValueError(f"ratio {ratio} would leave layer '{name}' ({len(s)} filters) without a filter; "
+                         f'the largest possible there is below {(len(s)-.5)/len(s):.3f}')
     keep = torch.zeros(len(s), dtype=torch.bool)
     keep[s.argsort(descending=True, stable=True)[:len(s)-gone]] = True
     return keep
@@ -73,17 +76,22 @@ def plan(
 ) -> Plan:
     "Which filters stay. `ValueError` for a bad ratio, a layer left empty, a score that is not finite"
     check_ratio(ratio); one_of(scope, SCOPES, 'scope'); one_of(coupling, COUPLINGS, 'coupling')
-    bad = [n for n, s in scores.items() if s.ndim != 1 or not s.isfinite().all()]
-    if bad: raise ValueError(f"the scores of layer '{bad[0]}' are not finite numbers, one a filter: {scores[bad[0]]}")
+    for n, v in scores.items():
+        if v.ndim != 1 or not v.isfinite().all():
+            raise ValueError(f"the scores of layer '{n}' are not finite numbers, one a filter: "
+                             f'they have shape {tuple(v.shape)}, and {(~v.isfinite()).sum()} are not finite')
     s = {n: v.detach().cpu().double() for n, v in scores.items()}
     if coupling == 'coupled':
         if groups is None: raise ValueError("coupling='coupled' needs groups=groups(model)")
         if strange := [n for g in groups for n in g if n not in s]:
             raise ValueError(f"the groups name '{strange[0]}', of which there are no scores. There are: {', '.join(s)}")
         for g in groups: s.update(dict.fromkeys(g, sum(s[n]/s[n].abs().mean().clamp_min(1e-300) for n in g)))
-    if within: s = {n: v.masked_fill(~within[n].cpu(), -math.inf) for n, v in s.items()}
-    new = {n: _keep_largest(v, ratio, n) for n, v in s.items()}
-    if within and any((new[n] & ~within[n].cpu()).any() for n in new): raise ValueError(f'ratio {ratio} is less than the earlier plan has removed')
+    gone = {n: ~k.cpu() for n, k in (within or {}).items()}
+    if gone and (odd := gone.keys() ^ s.keys()):
+        raise ValueError(f"the earlier plan and the scores differ in their layers: '{min(odd)}' is in one of them only")
+    new = {n: _keep_largest(v.masked_fill(gone[n], -math.inf) if gone else v, ratio, n) for n, v in s.items()}
+    if any((new[n] & k).any() for n, k in gone.items()):
+        raise ValueError(f'ratio {ratio} is less than the earlier plan has removed: {1-kept(within):.3f} of all')
     return new
 
 def kept(p:Plan) -> float: # in (0,1]
@@ -95,11 +103,11 @@ SCHEDULES = 'oneshot', 'iterative'
 SHARES = 'geometric', 'linear'
 
 def shares(
-    ratio:float, # to be reached in the end
-    steps:int=1,
+    ratio:float, # to be reached in the end, in [0,1)
+    steps:int=1, # at least 1
     share:str='geometric', # one of `SHARES`
 ) -> list[float]: # the ratio reached after each step
-    "How an iterative schedule gets to its ratio"
+    "How a schedule gets to its ratio (`ValueError` for a bad ratio, share or number of steps)"
     check_ratio(ratio); one_of(share, SHARES, 'share')
     if steps < 1: raise ValueError(f'{steps} pruning steps asked for, expected at least 1')
     between = [1-(1-ratio)**(i/steps) if share == 'geometric' else ratio*i/steps for i in range(1, steps)]
@@ -110,16 +118,20 @@ def check_plan(model:nn.Module, p:Plan) -> None:
     "`ValueError` unless the plan is one for this network's convolutions and leaves each a filter"
     mods = convs(model)
     for n in [*p, *mods]:
-        if n not in mods: raise ValueError(f"the plan names '{n}', which is no convolution of this network. There are: {', '.join(mods)}")
+        if n not in mods:
+            raise ValueError(f"the plan names '{n}', which is no convolution of this network. "
+                             f"There are: {', '.join(mods)}")
         if n not in p: raise ValueError(f"the plan says nothing of layer '{n}'")
         if p[n].dtype != torch.bool or p[n].shape != (mods[n].out_channels,):
-            raise ValueError(f"the plan for layer '{n}' has shape {tuple(p[n].shape)} and type {p[n].dtype}, expected ({mods[n].out_channels},) and torch.bool")
+            raise ValueError(f"the plan for layer '{n}' has shape {tuple(p[n].shape)} and type {p[n].dtype}, "
+                             f'expected ({mods[n].out_channels},) and torch.bool')
         if not p[n].any(): raise ValueError(f"the plan leaves layer '{n}' without a filter")
 
 def _parts(model:nn.Module) -> dict[str, list[nn.Parameter]]:
     "Of each convolution, the parameters with one entry a filter: its own and its batch normalisation's"
     mods, bns = dict(model.named_modules()), batch_norms(model)
-    return {n: [p for m in (mods[n], mods.get(bns.get(n))) if m is not None for p in m.parameters(recurse=False)] for n in convs(model)}
+    both = lambda n: [mods[n], mods[bns[n]]] if n in bns else [mods[n]]
+    return {n: [p for m in both(n) for p in m.parameters(recurse=False)] for n in convs(model)}
 
 def silencer(
     model:nn.Module,
@@ -127,10 +139,11 @@ def silencer(
 ) -> Callable[[], None]: # call it as often as weights have changed
     "What silences these filters, prepared once: a training step calls it after each update"
     check_plan(model, plan)
-    work = [(p, (~plan[n]).nonzero().flatten().to(p.device)) for n, ps in _parts(model).items() for p in ps if not plan[n].all()]
+    gone = {n: (~keep).nonzero().flatten() for n, keep in plan.items()}
+    work = [(p, gone[n].to(p.device)) for n, ps in _parts(model).items() for p in ps if len(gone[n])]
     @torch.no_grad()
     def hush():
-        for p, gone in work: p.index_fill_(0, gone, 0.)
+        for p, i in work: p.index_fill_(0, i, 0.)
     return hush
 
 def silence(
@@ -162,9 +175,9 @@ def rewind(
 # %% ../nbs/03_pruning.ipynb #c024
 def agreed(
     plan:Plan,
-    groups:list[tuple[str, ...]],
-) -> list[Tensor]: # one (O,) bool a group, True = at least one member keeps the channel
-    "The channels that a group's members do not all give up"
+    groups:list[tuple[str, ...]], # from `groups`
+) -> list[Tensor]: # one (O,) bool a group, False = every member gives the channel up
+    "On which channels the members of each group agree that they can go"
     return [torch.stack([plan[n] for n in g]).any(0) for g in groups]
 
 def cut(
@@ -172,7 +185,7 @@ def cut(
     plan:Plan,
     shape:tuple[int, int, int]=(3, 32, 32), # of one image
 ) -> nn.Module: # a smaller copy in eval mode, with the outputs of the silenced network
-    "Remove every channel that its whole group gives up; what else the plan silences stays silent"
+    "Remove every channel that its whole group gives up; what else the plan silences stays, silent"
     small, gs = silence(copy.deepcopy(model), plan), groups(model, shape)
     mods = convs(small)
     with _graph(small, shape) as graph:
@@ -185,7 +198,7 @@ def cut(
 def alive_in_both(
     model:nn.Module,
     plan:Plan,
-    groups:list[tuple[str, ...]],
+    groups:list[tuple[str, ...]], # from `groups`
 ) -> float: # in [0,1]; nan if the network has no depthwise convolution
     "Share of the channels in front of a depthwise convolution that all convolutions of the group keep"
     mods = convs(model)
@@ -193,15 +206,24 @@ def alive_in_both(
     return torch.cat(hidden).double().mean().item() if hidden else math.nan
 
 # %% ../nbs/03_pruning.ipynb #c031
+def _by_convolution(layers:Mapping) -> alt.X:
+    "The convolutions by number, every third with its label"
+    axis = alt.Axis(labelAngle=0, values=list(range(1, len(layers)+1, 3)))
+    return alt.X('number:O', title='convolution, in the order of the network', axis=axis)
+
+def _by_fate(kept:str, removed:str) -> alt.Color:
+    "One colour for what stays, one for what goes"
+    return alt.Color('what:N', title=None, scale=alt.Scale(domain=['kept', 'removed'], range=[kept, removed]))
+
 def plan_chart(
     plan:Plan,
     title:str='What stays',
 ) -> alt.Chart:
     "Filters kept and removed, a bar a convolution"
-    rows = [dict(number=i+1, layer=n, filters=int(f), what=w) for i, (n, k) in enumerate(plan.items()) for w, f in (('kept', k.sum()), ('removed', (~k).sum()))]
+    rows = [dict(number=i, layer=n, filters=(k == stays).sum().item(), what='kept' if stays else 'removed')
+            for i, (n, k) in enumerate(plan.items(), 1) for stays in (True, False)]
     return alt.Chart(pd.DataFrame(rows), width=640, height=140, title=title).mark_bar().encode(
-        alt.X('number:O', title='convolution, in the order of the network', axis=alt.Axis(labelAngle=0, values=list(range(1, len(plan)+1, 3)))),
-        alt.Y('filters:Q', title='filters'), alt.Color('what:N', title=None, scale=alt.Scale(domain=['kept', 'removed'], range=['#0072B2', '#d9d9d9'])),
+        _by_convolution(plan), alt.Y('filters:Q', title='filters'), _by_fate('#0072B2', '#d9d9d9'),
         alt.Order('what:N'), tooltip=['layer', 'what', 'filters'])
 
 # %% ../nbs/03_pruning.ipynb #c034
@@ -216,10 +238,8 @@ def scores_chart(
     rows = []
     for i, (n, s) in enumerate(scores.items(), 1):
         order = s.detach().cpu().argsort()[::max(1, len(s)//most)].tolist()
-        rows += [dict(number=i, layer=n, filter=f, score=s[f].item()/max(s.max().item(), 1e-30),
+        rows += [dict(number=i, layer=n, filter=f, score=s[f].item()/max(s.abs().max().item(), 1e-30),
                       what='kept' if plan[n][f] else 'removed') for f in order]
     return alt.Chart(pd.DataFrame(rows), width=640, height=200, title=title).mark_tick(thickness=1.5).encode(
-        alt.X('number:O', title='convolution, in the order of the network',
-              axis=alt.Axis(labelAngle=0, values=list(range(1, len(scores)+1, 3)))),
-        alt.Y('score:Q', title='score / largest of the layer'), tooltip=['layer', 'filter', 'score', 'what'],
-        color=alt.Color('what:N', title=None, scale=alt.Scale(domain=['kept', 'removed'], range=[colour, '#bbbbbb'])))
+        _by_convolution(scores), alt.Y('score:Q', title='score / largest of the layer'), _by_fate(colour, '#bbbbbb'),
+        tooltip=['layer', 'filter', 'score', 'what'])

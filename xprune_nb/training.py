@@ -7,7 +7,7 @@ __all__ = ['Recipe', 'fast_on_cpu', 'evaluate', 'recalibrate', 'History', 'fit',
 
 # %% ../nbs/04_training.ipynb #c002
 import hashlib, json, math, time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,11 +52,13 @@ class _Depthwise(torch.autograd.Function):
     def backward(ctx, g):
         x, w = ctx.saved_tensors
         (s, t), (p, q) = ctx.args
-        gx = torch.ops.aten.convolution_backward(g, x, w, None, (s, t), (p, q), (1, 1), False, (0, 0), len(w), (True, False, False))[0]
+        gx, _, _ = torch.ops.aten.convolution_backward(g, x, w, None, (s, t), (p, q), (1, 1), False, (0, 0), len(w),
+                                                       (True, False, False))
         gw = torch.zeros_like(w)
         for u in range(w.shape[2]):
             for v in range(w.shape[3]):
-                (a, b), (c, d) = _meets(u, s, p, x.shape[2], g.shape[2]), _meets(v, t, q, x.shape[3], g.shape[3])
+                a, b = _meets(u, s, p, x.shape[2], g.shape[2])
+                c, d = _meets(v, t, q, x.shape[3], g.shape[3])
                 if a < b and c < d:
                     tap = x[:, :, a*s+u-p:(b-1)*s+u-p+1:s, c*t+v-q:(d-1)*t+v-q+1:t]
                     gw[:, 0, u, v] = (g[:, :, a:b, c:d]*tap).sum((0, 2, 3))
@@ -66,19 +68,23 @@ def _meets(tap:int, stride:int, pad:int, size:int, out:int) -> tuple[int, int]:
     "The output positions [a, b) at which a tap of the kernel lies on the image and not on the padding"
     return max(0, math.ceil((pad-tap)/stride)), min(out, (size-1+pad-tap)//stride + 1)
 
-def _fast_forward(conv:nn.Conv2d):
+def _fast_forward(conv:nn.Conv2d) -> Callable[[Tensor], Tensor]|None:
     "A quicker `forward` for this convolution on the CPU, or None"
-    w, plain = conv.weight, conv.bias is None and conv.padding_mode == 'zeros' and set(conv.dilation) == {1} and isinstance(conv.padding, tuple)
-    if plain and conv.groups == conv.in_channels == conv.out_channels:
-        small = lambda x: math.prod((n+2*p-k)//s+1 for n, p, k, s in zip(x.shape[2:], conv.padding, conv.kernel_size, conv.stride)) <= 4
-        return lambda x: _Depthwise.apply(x, w, conv.stride, conv.padding) if small(x) else F.conv2d(x, w, None, conv.stride, conv.padding, 1, conv.groups)
-    if plain and conv.groups == 1 and conv.kernel_size == conv.stride == (1, 1) and conv.padding == (0, 0):
+    w, size, stride, padding = conv.weight, conv.kernel_size, conv.stride, conv.padding
+    zeros = conv.padding_mode == 'zeros' and isinstance(padding, tuple)
+    if conv.bias is not None or not zeros or set(conv.dilation) != {1}: return None
+    if conv.groups == conv.in_channels == conv.out_channels:
+        outputs = lambda x: math.prod((n+2*p-k)//s+1 for n, p, k, s in zip(x.shape[2:], padding, size, stride))
+        plain = lambda x: F.conv2d(x, w, None, stride, padding, 1, conv.groups)
+        return lambda x: _Depthwise.apply(x, w, stride, padding) if outputs(x) <= 4 else plain(x)
+    if conv.groups == 1 and size == stride == (1, 1) and padding == (0, 0):
         return lambda x: F.linear(x.permute(0, 2, 3, 1), w.flatten(1)).permute(0, 3, 1, 2)
 
 @contextmanager
 def fast_on_cpu(model:nn.Module) -> Iterator[nn.Module]:
     "Within, the convolutions of a network on the CPU take quicker routes to the same numbers (up to rounding)"
-    fast = {c: f for c in convs(model).values() if c.weight.device.type == 'cpu' and 'forward' not in vars(c) and (f := _fast_forward(c))}
+    plain = [c for c in convs(model).values() if c.weight.device.type == 'cpu' and 'forward' not in vars(c)]
+    fast = {c: f for c in plain if (f := _fast_forward(c))}
     for c, f in fast.items(): c.forward = f
     try: yield model
     finally:
@@ -106,7 +112,7 @@ def evaluate(
 def recalibrate(
     model:nn.Module, # changed in place: running statistics only
     data:Data, # training images are used
-    seed:int=0,
+    seed:int=0, # decides which images
     images:int=2048, # how many training images
     plan:Plan|None=None, # filters to silence first
 ) -> nn.Module: # the same model, in eval mode
@@ -115,12 +121,13 @@ def recalibrate(
     momentum, device = [m.momentum for m in bns], next(model.parameters()).device
     for m in bns: m.reset_running_stats(); m.momentum = None # None: cumulative average
     if plan: silence(model, plan)
-    order = torch.randperm(len(data.train.y), generator=torch.Generator().manual_seed(seed))[:images].to(data.train.y.device)
+    order = torch.randperm(len(data.train.y), generator=torch.Generator().manual_seed(seed))[:images]
     if len(order) % 256 == 1 < len(order): order = order[:-1] # no statistics of a batch of one
+    model.eval()
     try:
-        model.train()
+        for m in bns: m.train()
         with fast_on_cpu(model):
-            for x, _ in loader(data.train.take(order).to(device), data, 256): model(x)
+            for x, _ in loader(data.train.take(order.to(data.train.y.device)).to(device), data, 256): model(x)
     finally:
         model.eval()
         for m, old in zip(bns, momentum): m.momentum = old
@@ -133,9 +140,11 @@ class History:
 
     def chart(self) -> alt.Chart:
         "Accuracy by epoch, train and val"
-        long = self.frame.melt('epoch', ['train_accuracy', 'val_accuracy'], 'split', 'accuracy').replace({'split': r'_accuracy'}, '', regex=True)
+        wide = self.frame.rename(columns=lambda c: c.removesuffix('_accuracy'))
+        long = wide.melt('epoch', ['train', 'val'], 'split', 'accuracy')
         return alt.Chart(long, width=420, height=220, title='Learning curve').mark_line(point=True).encode(
-            alt.X('epoch:Q', title='epoch', axis=alt.Axis(tickMinStep=1)), alt.Y('accuracy:Q', title='accuracy', scale=alt.Scale(zero=False)),
+            alt.X('epoch:Q', title='epoch', axis=alt.Axis(tickMinStep=1)),
+            alt.Y('accuracy:Q', title='accuracy', scale=alt.Scale(zero=False)),
             alt.Color('split:N', title=None, scale=alt.Scale(domain=['train', 'val'], range=['#7F7F7F', '#0072B2'])))
 
     def _repr_mimebundle_(self, **kw): return self.chart()._repr_mimebundle_(**kw)
@@ -148,18 +157,19 @@ def fit(
     seed:int=0, # decides the order of the images, dropout, crops and flips
     plan:Plan|None=None, # filters that are silent, and stay so
     progress:bool|str=True, # a bar; a string is its label
-    checkpoint:Path|None=None, # a file to resume from, written after each epoch
-    each_epoch=None, # called with (epoch, model) after each
+    checkpoint:str|Path|None=None, # a file to resume from if it exists, written after each epoch
+    each_epoch:Callable[[int, nn.Module], None]|None=None, # called with (epoch, model) after each
 ) -> History: # one row an epoch
-    "Train by SGD, the same way each time; afterwards the model is in eval mode. `FloatingPointError` if the loss is not finite"
+    "Train by SGD, the same each time, and leave the model in eval mode. `FloatingPointError` if the loss is not finite"
     device = next(model.parameters()).device
     train, val = data.train.to(device), data.val.to(device)
     model.to(memory_format=torch.channels_last)
     opt = torch.optim.SGD(model.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay)
     whose = _whose(recipe, seed, data, plan)
     rows = resume(checkpoint, model, opt, whose) if checkpoint and Path(checkpoint).exists() else []
-    bar = tqdm(total=recipe.epochs*math.ceil(len(train.y)/recipe.batch_size), disable=not progress, leave=False,
-               initial=len(rows)*math.ceil(len(train.y)/recipe.batch_size), desc=progress if isinstance(progress, str) else 'training', unit='step')
+    steps = math.ceil(len(train.y)/recipe.batch_size) # an epoch
+    bar = tqdm(total=recipe.epochs*steps, initial=len(rows)*steps, disable=not progress, leave=False, unit='step',
+               desc=progress if isinstance(progress, str) else 'training')
     hush = silencer(model, plan) if plan else lambda: None
     hush()
     with bar, fast_on_cpu(model):
@@ -174,10 +184,12 @@ def fit(
                 hush()
                 total += loss.item()*len(y); right += (out.argmax(1) == y).sum().item(); n += len(y)
                 bar.update()
-            if not math.isfinite(total): raise FloatingPointError(f'the training loss became {total} in epoch {epoch} at lr={recipe.lr}: lower it')
+            if not math.isfinite(total):
+                raise FloatingPointError(f'the training loss became {total} in epoch {epoch} '
+                                         f'at lr={recipe.lr}: lower it')
             model.eval()
-            rows.append(dict(epoch=epoch, train_loss=total/n, train_accuracy=right/n, val_accuracy=evaluate(model, val, data)[0],
-                             seconds=time.perf_counter()-start))
+            rows.append(dict(epoch=epoch, train_loss=total/n, train_accuracy=right/n,
+                             val_accuracy=evaluate(model, val, data)[0], seconds=time.perf_counter()-start))
             bar.set_postfix(val=f"{rows[-1]['val_accuracy']:.3f}")
             if checkpoint: write_checkpoint(checkpoint, model, opt, whose, rows)
             if each_epoch: each_epoch(epoch, model)
@@ -187,8 +199,9 @@ def fit(
 # %% ../nbs/04_training.ipynb #c021
 def _whose(recipe:Recipe, seed:int, data:Data, plan:Plan|None) -> str:
     "What a checkpoint belongs to, in words"
-    digest = lambda: hashlib.sha256(b''.join(n.encode() + bytes(k.tolist()) for n, k in plan.items())).hexdigest()[:8]
-    return f"{recipe}, seed {seed}, {data.name} ({len(data.train.y)} training images), {f'plan {digest()}' if plan else 'no plan'}"
+    stays = b''.join(n.encode() + bytes(k.tolist()) for n, k in (plan or {}).items())
+    which = f'plan {hashlib.sha256(stays).hexdigest()[:8]}' if plan else 'no plan'
+    return f'{recipe}, seed {seed}, {data.name} ({len(data.train.y)} training images), {which}'
 
 def _digest(tensors:dict[str, Tensor], about:dict[str, str]) -> str:
     "SHA-256 of all that a checkpoint says"
@@ -218,16 +231,20 @@ def resume(
     opt:torch.optim.SGD, # gets the momentum
     whose:str, # the training that asks
 ) -> list[dict]: # the history so far
-    "Take up a training where `write_checkpoint` left it (`OSError` if the file is damaged, `ValueError` if it is another training's)"
+    "Go on where `write_checkpoint` left off (`OSError` for a damaged file, `ValueError` for another training's)"
     path, again = Path(path), 'Delete it: training starts again at epoch 1'
     try:
         with safetensors.safe_open(path, 'pt') as f:
             about, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
     except SafetensorError as e: raise OSError(f'{path.name} is damaged ({e}). {again}') from e
-    if not {'whose', 'history', 'sha256'} <= set(about): raise ValueError(f'{path.name} is no checkpoint of a training. Name another one')
-    if _digest(tensors, about) != about['sha256']: raise OSError(f'{path.name} is damaged (its SHA-256 is not the recorded one). {again}')
+    if not {'whose', 'history', 'sha256'} <= set(about):
+        raise ValueError(f'{path.name} is no checkpoint of a training. Name another one')
+    if _digest(tensors, about) != about['sha256']:
+        raise OSError(f'{path.name} is damaged (its SHA-256 is not the recorded one). {again}')
+    if about['whose'] != whose:
+        raise ValueError(f"{path.name} holds another training: {about['whose']}; asked for: {whose}. "
+                         'Name another checkpoint')
     part = lambda head: {k.removeprefix(head): v for k, v in tensors.items() if k.startswith(head)}
-    if about['whose'] != whose: raise ValueError(f"{path.name} holds another training: {about['whose']}; asked for: {whose}. Name another checkpoint")
     load_weights(model, part('model.'))
     names = dict(model.named_parameters())
     for n, m in part('momentum.').items():
