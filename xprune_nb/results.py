@@ -218,6 +218,7 @@ def _panel(s:pd.DataFrame, label:str|None, levels:dict, top:float, **props) -> a
     points = base.mark_point(filled=True, size=60, opacity=1).encode(looks['shape'], tooltip=tips)
     return alt.layer(*_rules(levels), *bars, base.mark_line(strokeWidth=2), points).properties(**props)
 
+# %% ../nbs/06_results.ipynb #c035
 def _about(rows:pd.DataFrame, n:pd.Series, bars:bool=True) -> list[str]:
     "What a chart's subtitle says: the settings, and what is behind a point"
     seen = lambda c: '/'.join(map(str, sorted(rows[c].dropna().unique(), key=str)))
@@ -233,14 +234,15 @@ def _levels(rows:pd.DataFrame) -> dict[str, float]:
     return dense | {'chance': 1/SETS[d][0] for d in rows.data.unique()[:1] if d in SETS}
 
 def _top(sums:Sequence[pd.DataFrame], levels:dict={}) -> float:
-    "The end of the y axis: the next tenth above everything that is drawn"
-    return min(1, np.ceil(10*max([*(x for s in sums for x in s['mean'] + s.sd.fillna(0)), *levels.values()]) + 0.3)/10)
+    "The end of the y axis: the next tenth above all that is drawn; for accuracies 0.9 at least, so that charts share a scale"
+    drawn = [x for s in sums for x in s['mean'] + s.sd.fillna(0)]
+    return min(1, np.ceil(10*max(0.85 if levels else 0, *drawn, *levels.values()) + 0.3)/10)
 
 def _panel_title(text:str) -> alt.TitleParams:
     "Above one of several panels"
     return alt.TitleParams(text, fontSize=12, fontWeight='normal', anchor='middle')
 
-# %% ../nbs/06_results.ipynb #c035
+# %% ../nbs/06_results.ipynb #c036
 def chart(
     rows:pd.DataFrame,
     schedule:str='oneshot',
@@ -264,7 +266,7 @@ def thesis_chart(
     title = alt.TitleParams(f'Thesis, {schedule}', subtitle=subtitle)
     return _panel(s, LABELS['accuracy'], levels, _top([s], levels), width=400, height=320, title=title)
 
-# %% ../nbs/06_results.ipynb #c042
+# %% ../nbs/06_results.ipynb #c043
 def stages(
     rows:pd.DataFrame,
     schedule:str='oneshot',
@@ -281,7 +283,7 @@ def stages(
     title = alt.TitleParams(f'What retraining gives back, {schedule}', subtitle=_about(rows, sums['accuracy'].n), offset=14)
     return alt.hconcat(*panels, title=title)
 
-# %% ../nbs/06_results.ipynb #c045
+# %% ../nbs/06_results.ipynb #c046
 def frontier(
     rows:pd.DataFrame,
     schedule:str='oneshot',
@@ -309,7 +311,7 @@ def frontier(
     line = base.mark_line(strokeWidth=1.5, opacity=0.6).encode(order='ratio')
     return alt.layer(*_rules(_levels(rows), rising=True), line, *halo, points, *text()).properties(width=400, height=320, title=title)
 
-# %% ../nbs/06_results.ipynb #c048
+# %% ../nbs/06_results.ipynb #c049
 def versus(
     rows:pd.DataFrame,
 ) -> pd.DataFrame: # a line a cell that both have: ours, thesis, difference, and the loss against the dense network
@@ -343,6 +345,7 @@ def agreement(
         *(one(g, schedule=s, ratio='all') for s, g in v.groupby('schedule', sort=False)),
         *(one(g, schedule=s, ratio=r) for (s, r), g in v.groupby(['schedule', 'ratio'], sort=False))])
 
+# %% ../nbs/06_results.ipynb #c050
 def beside(
     rows:pd.DataFrame,
 ) -> alt.VConcatChart:
@@ -375,7 +378,7 @@ def beside(
     subtitle = [*_about(tidy(rows), v.n), f'thesis (dashed): mean of 3 runs ± 1 standard deviation; {own}']
     return alt.vconcat(*grid, title=alt.TitleParams('Beside the thesis', subtitle=subtitle, offset=14))
 
-# %% ../nbs/06_results.ipynb #c054
+# %% ../nbs/06_results.ipynb #c056
 def claims(
     rows:pd.DataFrame,
 ) -> pd.DataFrame: # claim, here
@@ -405,7 +408,7 @@ def claims(
         out['magnitude and random fall to chance (0.10) at 0.9 in one-shot'] = at + ', '.join(low)
     return pd.DataFrame(out.items(), columns=['claim', 'here'])
 
-# %% ../nbs/06_results.ipynb #c057
+# %% ../nbs/06_results.ipynb #c059
 SAID = dict( # field of a Run -> what the thesis says
     data='CIFAR-10', baseline='MobileNetV2 after 50 epochs, test accuracy 0.7539',
     criterion='random, magnitude, conductance, lrp', schedule='one-shot, iterative',
@@ -426,7 +429,7 @@ def settings(
     there = [c for c in (*RUN, 'device', 'threads') if c in rows]
     return pd.DataFrame([dict(setting=c, here=show(rows[c]), thesis=SAID.get(c, '')) for c in there])
 
-# %% ../nbs/06_results.ipynb #c060
+# %% ../nbs/06_results.ipynb #c062
 def findings(
     rows:pd.DataFrame, # raw: failed runs are counted
 ) -> list[str]: # lines of plain English
@@ -466,7 +469,7 @@ def findings(
         line += f'; rank correlation {a.spearman[0]:.2f} over all cells, {within}'
     return [*out, f'{line}; same best criterion in {(each.best == each.thesis_best).sum()} of {len(each)}']
 
-# %% ../nbs/06_results.ipynb #c064
+# %% ../nbs/06_results.ipynb #c066
 def save(
     chart:alt.TopLevelMixin,
     table:pd.DataFrame, # the numbers that the chart was drawn from
