@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROW_MIME', 'Run', 'grid', 'Step', 'carry_out', 'row', 'versions', 'emit', 'row_of', 'run_notebook', 'execute_one',
-           'read_row', 'execute', 'rows']
+           'read_row', 'rows', 'execute']
 
 # %% ../nbs/05_experiments.ipynb #c002
 import hashlib, importlib.metadata, itertools, json, numbers, os, tempfile, time, typing
@@ -201,7 +201,8 @@ def _papermill(run:Run, out:Path, threads:int):
         try:
             with tempfile.TemporaryDirectory(prefix='xprune') as sockets:
                 # not TCP: of many kernels that start at once, some take each other's ports
-                config = Config(KernelManager=dict(transport='ipc', ip=f'{sockets}/k'))
+                config = Config(KernelManager=dict(transport='ipc', ip=f'{sockets}/k'),
+                                NotebookClient=dict(shutdown_kernel='immediate'))
                 return papermill.execute_notebook(
                     nb, out, asdict(run), kernel_name='python3', language='python', cwd=nb.parent,
                     progress_bar=False, start_timeout=180, config=config)
@@ -231,6 +232,7 @@ def execute_one(
         return r
     finally: part.unlink(missing_ok=True)
 
+# %% ../nbs/05_experiments.ipynb #c023
 def read_row(
     path:Path, # <run id>.json in a store
 ) -> dict|None: # None if it is not there, or no whole row
@@ -239,6 +241,17 @@ def read_row(
     except (ValueError, FileNotFoundError): return None
     return r if isinstance(r, dict) and {'run_id', 'status', 'seconds'} <= set(r) else None
 
+def rows(
+    store:str|Path, # the folder that `execute` was given
+    runs:Iterable[Run]|None=None, # these only, in this order; None: all that are there
+) -> pd.DataFrame: # one row a run: the fields of `Run` and what `row` measured
+    "The rows of a store, those that are not whole left out (`OSError` if there is no such store)"
+    store = Path(store)
+    if not store.is_dir(): raise OSError(f'there is no store {store}: nothing was run there')
+    paths = sorted(store.glob('*.json')) if runs is None else [store/f'{r.id}.json' for r in runs]
+    return pd.DataFrame([r for p in paths if (r := read_row(p))])
+
+# %% ../nbs/05_experiments.ipynb #c026
 def execute(
     runs:Iterable[Run],
     store:str|Path, # a folder, made if need be
@@ -260,15 +273,5 @@ def execute(
         for r in joblib.Parallel(return_as='generator_unordered')(carry(r, store, threads) for r in todo):
             result = f"{r['accuracy']:.3f}" if r['status'] == 'done' else 'failed'
             bar.set_postfix_str(f"{r['run_id'].rsplit('-', 1)[0]}: {result}"); bar.update()
-    if backend == 'loky': get_reusable_executor(reuse=True).shutdown() # idle workers keep a caller from ending
+    if todo and backend == 'loky': get_reusable_executor(reuse=True).shutdown() # idle, they keep a caller from ending
     return rows(store, runs)
-
-def rows(
-    store:str|Path, # the folder that `execute` was given
-    runs:Iterable[Run]|None=None, # these only, in this order; None: all that are there
-) -> pd.DataFrame: # one row a run: the fields of `Run` and what `row` measured
-    "The rows of a store, those that are not whole left out (`OSError` if there is no such store)"
-    store = Path(store)
-    if not store.is_dir(): raise OSError(f'there is no store {store}: nothing was run there')
-    paths = sorted(store.glob('*.json')) if runs is None else [store/f'{r.id}.json' for r in runs]
-    return pd.DataFrame([r for p in paths if (r := read_row(p))])
