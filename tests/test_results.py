@@ -12,7 +12,7 @@ from scipy import stats
 
 from xprune_nb.data import COLOURS
 from xprune_nb.experiments import Run
-from xprune_nb.results import (BY, ORDER, THESIS, agreement, beside, chart, claims, findings, frontier, markdown, paired, read, save, stages, summary, table,
+from xprune_nb.results import (BY, THESIS, agreement, beside, chart, claims, findings, frontier, markdown, paired, read, save, stages, summary, table,
                                thesis, thesis_chart, thesis_table, tidy, versus)
 
 DEFAULTS = asdict(Run())
@@ -103,10 +103,11 @@ def test_rows_are_not_changed():
 
 def test_unknown_names_come_after_the_known_ones():
     rows = noisy()
-    rows = pd.concat([rows.assign(criterion=rows.criterion.replace('random', c)) for c in ('zebra', 'deeplift', 'random')]).drop_duplicates([*BY, 'seed'])
-    assert list(dict.fromkeys(summary(rows).criterion)) == [*ORDER['criterion'], 'deeplift', 'zebra']
+    rows = pd.concat([rows.assign(criterion=rows.criterion.replace('random', c)) for c in ('zebra', 'aardvark', 'deeplift', 'random')]).drop_duplicates([*BY, 'seed'])
+    known = [c for c in COLOURS if c in ('conductance', 'lrp', 'magnitude', 'random', 'deeplift')]
+    assert list(dict.fromkeys(summary(rows).criterion)) == [*known, 'aardvark', 'zebra']
     scale = chart(rows).to_dict(validate=False)['layer'][-1]['encoding']['color']['scale']
-    assert scale['domain'] == [*COLOURS, 'deeplift', 'zebra'] and scale['range'][:4] == list(COLOURS.values()) and len(set(scale['range'])) == 6
+    assert scale['domain'] == [*known, 'aardvark', 'zebra'] and scale['range'][:5] == [COLOURS[c] for c in known] and len(set(scale['range'])) == 7
 
 # --- refusals ---
 

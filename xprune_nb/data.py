@@ -57,7 +57,11 @@ def write_whole(
     return path
 
 # %% ../nbs/00_data.ipynb #c011
-COLOURS = dict(conductance='#0072B2', lrp='#D55E00', magnitude='#009E73', random='#7F7F7F')
+COLOURS = dict(
+    conductance='#0072B2', lrp='#D55E00', magnitude='#009E73', random='#7F7F7F', taylor='#E69F00', deeplift='#CC79A7',
+    integrated_gradients='#56B4E9', ablation='#000000', gradient_activation='#4B0082', internal_influence='#0000CD',
+    deeplift_shap='#CAB2D6', gradient_shap='#661100', magnitude_l2='#114477', fpgm='#999933', bn_scale='#404040',
+    activation='#DDCC77', apoz='#8B4513')
 
 def _offline(spec:dict, **kw) -> tuple[dict, dict]:
     "A mime bundle without a network: Vega-Lite for JupyterLab, else a PNG (of 128 colours: a third of the bytes)"

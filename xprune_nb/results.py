@@ -174,7 +174,7 @@ def markdown(
 # %% ../nbs/06_results.ipynb #c034
 SETS = {'cifar10-mini': (10, 1_000), 'cifar10': (10, 10_000)} # classes, test images: for chance and the set's own blur
 SHAPES = ('circle', 'square', 'triangle-up', 'diamond', 'cross', 'triangle-down', 'triangle-right', 'triangle-left')
-SPARE = ('#CC79A7', '#E69F00', '#56B4E9', '#000000') # for criteria that have no colour of their own yet
+SPARE = ('#AA4499', '#88CCEE', '#117733', '#882255') # for criteria that have no colour of their own yet
 LABELS = dict(
     accuracy='test accuracy after retraining', accuracy_pruned='test accuracy right after pruning',
     accuracy_recalibrated='test accuracy after recalibration', alive='share of filters kept',
