@@ -1,4 +1,4 @@
-"""CIFAR-10's way to the disk, by small archives in the real formats; splits, order, crops and numbers against numpy, Pillow and torchvision."""
+"""The sets' way to the disk, by small archives and trees in the real formats; splits, order, crops and numbers against numpy, Pillow and torchvision."""
 import base64, errno, hashlib, http.server, io, json, os, re, shutil, tarfile, threading
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from torchvision.transforms import functional as tv
 
 from xprune_nb import data as room
-from xprune_nb.data import CIFAR10_MD5, CLASSES, Data, Images, cache_dir, charts, fetch_cifar10, hold_out, load, loader, normalisation, one_of, sample, sheet, write_whole
+from xprune_nb.data import CIFAR10_MD5, CLASSES, TRAINING, Data, Files, Images, cache_dir, charts, fetch_cifar10, hold_out, load, loader, normalisation, one_of, sample, sheet, write_whole
 
 PUBLISHED, NAMES = dict(CIFAR10_MD5), list(CIFAR10_MD5)
 says = lambda *parts: '.*'.join(map(re.escape, parts))
@@ -174,6 +174,221 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
     monkeypatch.setenv('XPRUNE_DATA', str(tmp_path/'env')); assert cache_dir() == tmp_path/'env'
     assert cache_dir(tmp_path/'named') == tmp_path/'named'
 
+# --- CIFAR-100, small: 200 and 100 records ---
+
+FINE = [f'class_{i:02d}' for i in range(100)]
+
+@pytest.fixture
+def hundred(monkeypatch):
+    "The parts of an archive in the format of the binary version: coarse label, fine label, pixels; `sealed` gives its bytes, and makes their digest the published one"
+    rng = np.random.default_rng(1)
+    record = lambda n: np.concatenate([np.arange(n)[:, None] // 5 % 20, np.arange(n)[:, None] % 100, rng.integers(0, 256, (n, 3072))], 1).astype(np.uint8).tobytes()
+    parts = {'coarse_label_names.txt': b'coarse\n', 'fine_label_names.txt': '\n'.join(FINE).encode() + b'\n', 'test.bin': record(100), 'train.bin': record(1000)}
+    def sealed(parts=parts, folder='cifar-100-binary'):
+        content = tarball({f'{folder}/{n}': c for n, c in parts.items()})
+        monkeypatch.setattr(room, 'CIFAR100_MD5', hashlib.md5(content).hexdigest())
+        return content
+    parts['sealed'] = None
+    return {k: v for k, v in parts.items() if v}, lambda p=None, **kw: sealed({k: v for k, v in (p or parts).items() if v}, **kw)
+
+@pytest.fixture
+def page100(page, monkeypatch):
+    monkeypatch.setattr(room, 'CIFAR100_URL', room.CIFAR10_URL.replace('cifar-10-', 'cifar-100-')); return page
+
+def is_hundred(data, parts):
+    raw = {n: np.frombuffer(parts[n], np.uint8).reshape(-1, 3074) for n in ('train.bin', 'test.bin')}
+    held = np.zeros(1000, bool); held[-100:] = True  # ten of each class, in turn: the last of each are the last hundred
+    for images, r in (data.train, raw['train.bin'][~held]), (data.val, raw['train.bin'][held]), (data.test, raw['test.bin']):
+        assert (images.x.numpy() == r[:, 2:].reshape(-1, 3, 32, 32)).all() and (images.y.numpy() == r[:, 1]).all()
+    assert data.classes == tuple(FINE) and data.name == 'cifar100' and (data.mean - .5).abs().max() < .01
+
+def test_hundred_classes_from_the_official_archive_once(hundred, page100, tmp_path):
+    parts, sealed = hundred; page100.content = sealed()
+    is_hundred(load('cifar100', tmp_path), parts); is_hundred(load('cifar100', tmp_path), parts)
+    assert page100.hits == 1 and found(tmp_path) == ['cifar100.json', 'test.bin', 'train.bin']
+
+def test_hundred_classes_from_an_archive_that_lies_there(hundred, page100, tmp_path):
+    "No network is asked"
+    parts, sealed = hundred
+    (tmp_path/'cifar100').mkdir(); (tmp_path/'cifar100'/'cifar-100-binary.tar.gz').write_bytes(sealed())
+    is_hundred(load('cifar100', tmp_path), parts); assert page100.hits == 0
+
+BROKEN100 = { # what is sent -> what the message says of it
+    'not there': (lambda parts, sealed: None, 'HTTP Error 404'), 'other bytes': (lambda parts, sealed: sealed() + b'\0', 'its MD5 is not '), 'half': (lambda parts, sealed: sealed()[:10_000], 'its MD5 is not '),
+    'a page': (lambda parts, sealed: b'<html>', 'its MD5 is not '), 'a file less': (lambda parts, sealed: sealed({k: v for k, v in parts.items() if k != 'test.bin'}), 'test.bin'),
+    'another folder': (lambda parts, sealed: sealed(folder='cifar-100-python'), 'cifar-100-binary/train.bin')}
+
+@pytest.mark.parametrize('lies_there', [False, True])
+@pytest.mark.parametrize('what', BROKEN100)
+def test_broken_hundred_is_refused_with_every_way_out(hundred, page100, tmp_path, what, lies_there):
+    make, message = BROKEN100[what]; content = make(*hundred); archive = tmp_path/'cifar100'/'cifar-100-binary.tar.gz'
+    if lies_there:
+        if content is None: pytest.skip('then the network is asked')
+        archive.parent.mkdir(); archive.write_bytes(content)
+    else: page100.content = content
+    with pytest.raises(OSError, match=says('CIFAR-100 could not be fetched (', str(archive) if lies_there else 'the official archive', message)) as e: load('cifar100', tmp_path)
+    for way in 'try again with a network', room.CIFAR100_URL, str(tmp_path/'cifar100'), 'XPRUNE_DATA', "load('cifar10-mini')": assert way in str(e.value)
+    assert '\n' not in str(e.value) and found(tmp_path) == [archive.name]*lies_there
+
+@pytest.mark.parametrize('harm', [lambda c: c[:-1], lambda c: b'', lambda c: bytes([c[0] ^ 1]) + c[1:]], ids=['last byte', 'empty', 'one bit'])
+@pytest.mark.parametrize('name', ['train.bin', 'test.bin', 'cifar100.json'])
+def test_damaged_hundred_is_refused_until_it_is_deleted(hundred, page100, tmp_path, harm, name):
+    parts, sealed = hundred; page100.content = sealed(); load('cifar100', tmp_path)
+    path = tmp_path/'cifar100'/name; path.write_bytes(harm(path.read_bytes()))
+    with pytest.raises(OSError, match=says('Delete ', 'cifar100.json and load again')): load('cifar100', tmp_path)
+    (tmp_path/'cifar100'/'cifar100.json').unlink(); is_hundred(load('cifar100', tmp_path), parts)
+
+@pytest.mark.parametrize('nth', [1, 2, 3])
+def test_disk_that_fills_up_while_the_hundred_are_unpacked(hundred, page100, tmp_path, monkeypatch, nth):
+    "What is there then is not taken for whole"
+    parts, sealed = hundred; page100.content = sealed()
+    with monkeypatch.context() as m:
+        calls, real = iter(range(1, 100)), os.replace
+        def full(*args):
+            if next(calls) == nth: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return real(*args)
+        m.setattr(os, 'replace', full)
+        with pytest.raises(OSError, match='could not be written'): load('cifar100', tmp_path)
+    assert len(found(tmp_path)) == nth-1
+    is_hundred(load('cifar100', tmp_path), parts)
+
+def test_what_is_pickled_is_not_read(hundred, page100, tmp_path):
+    "The python version's archive, under the right name and digest"
+    import pickle
+    class Bomb:
+        def __reduce__(self): return os.mkdir, (str(tmp_path/'exploded'),)
+    page100.content = hundred[1]({n: pickle.dumps(Bomb()) for n in ('train', 'test', 'meta')}, folder='cifar-100-python')
+    with pytest.raises(OSError, match='CIFAR-100 could not be fetched'): load('cifar100', tmp_path)
+    assert not (tmp_path/'exploded').exists()
+
+# --- ImageNet, small: trees of real files ---
+
+NAMES3 = ['n01440764', 'n01443537', 'n02102040']
+
+def picture(path, number, size=(300, 260), mode='RGB', **kw):
+    "Noise under a colour that tells the image's number"
+    rng = np.random.default_rng(number)
+    x = np.clip(rng.integers(0, 30, (size[1], size[0], 3)) + [number*7 % 200, number // 30, 90], 0, 255).astype(np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True); Image.fromarray(x).convert(mode).save(path, **kw)
+
+def tree(folder, train=12, val=3, names=NAMES3):
+    "JPEG and PNG, grey, with a palette, with transparency, CMYK, wide and high and tiny"
+    kinds = [('a.JPEG', 'RGB', (300, 260)), ('b.png', 'RGBA', (400, 250)), ('c.jpg', 'L', (230, 500)), ('d.png', 'P', (64, 48)), ('e.jpeg', 'CMYK', (256, 256)), ('f.png', 'L', (224, 224))]
+    for part, n in dict(train=train, val=val).items():
+        for c, name in enumerate(names):
+            for i in range(n):
+                end, mode, size = kinds[i % len(kinds)]
+                picture(folder/part/name/f'{i:03d}{end}', 100*c + i + 50*(part == 'val'), size, mode)
+    (folder/'train'/names[0]/'readme.txt').write_text('not an image')
+    return folder
+
+@pytest.fixture(scope='module')
+def forest(tmp_path_factory): return tree(tmp_path_factory.mktemp('imagenet'))
+
+def theirs(path):
+    "torchvision's own pipeline for evaluation"
+    from torchvision import transforms as T
+    return T.Compose([T.Resize(256), T.CenterCrop(224), T.ToTensor(), T.Normalize([.485, .456, .406], [.229, .224, .225])])(Image.open(path).convert('RGB'))
+
+def test_a_tree_is_what_torchvision_reads(forest):
+    "Files and labels by its ImageFolder, pixels by its transforms; what is held out are the last of each class"
+    from torchvision.datasets import ImageFolder
+    data = load('imagenet', forest)
+    assert data.classes == tuple(NAMES3) and repr(data) == 'imagenet: 33 train, 3 val, 9 test images of 3 classes'
+    for part, sets in dict(train=[data.train, data.val], val=[data.test]).items():
+        want = ImageFolder(forest/part).samples
+        assert sorted((p, int(y)) for s in sets for p, y in zip(s.x.paths, s.y)) == sorted(want)
+    assert [Path(p).name for p in data.val.x.paths] == ['011f.png']*3
+    x, y = map(torch.cat, zip(*loader(data.test, data, 4)))
+    assert y.equal(data.test.y) and x.is_contiguous(memory_format=torch.channels_last)
+    assert_close(x, torch.stack([theirs(p) for p in data.test.x.paths]), rtol=0, atol=1e-5)
+    assert isinstance(data.train.x, Files) and data.train.x.shape == (33, 3, 224, 224) and data.train.x[:2].equal(data.train.x[torch.tensor([0, 1])])
+
+@pytest.mark.parametrize('augment', [False, True])
+def test_streams_are_the_seeds_whoever_reads_them(forest, monkeypatch, augment):
+    data = load('imagenet', forest)
+    def epoch(workers, **kw):
+        monkeypatch.setattr(room, 'WORKERS', workers); torch.manual_seed(workers); torch.rand(workers)
+        return tuple(map(torch.cat, zip(*loader(data.train, data, 4, augment=augment, **{**dict(seed=3), **kw}))))
+    (x, y), state = epoch(0), torch.get_rng_state()
+    assert len(y) == 32 and len(x) == 32  # 33, and a last batch of one is left out
+    for workers in 1, 2: again = epoch(workers); assert again[0].equal(x) and again[1].equal(y)
+    for other in dict(seed=4), dict(epoch=1): assert not epoch(0, **other)[1].equal(y)
+    plain = {p: v for p, v in zip(data.train.x.paths, range(33))}
+    order = torch.randperm(33, generator=torch.Generator().manual_seed(3*1_000_003))[:32]
+    assert y.equal(data.train.y[order])
+    if not augment: assert_close(x, data.normalise(data.train.x[order]))
+    else: assert not x.equal(data.normalise(data.train.x[order])) and len(plain) == 33
+
+def test_crops_are_torchvisions(forest):
+    "The same draws give the same pixels as its RandomResizedCrop and RandomHorizontalFlip; half are flipped; the generator of others is left alone"
+    from torchvision import transforms as T
+    path = str(forest/'train'/NAMES3[0]/'000a.JPEG')
+    state, flips = torch.get_rng_state(), 0
+    for seed in range(40):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            crop = T.RandomResizedCrop(224)(Image.open(path).convert('RGB')); flip = bool(torch.rand(1) < .5); flips += flip
+        assert Files.read(path, seed).equal(tv.pil_to_tensor(tv.hflip(crop) if flip else crop))
+    assert torch.get_rng_state().equal(state) and 10 < flips < 30
+
+def test_a_network_learns_and_is_measured_on_a_stream(forest):
+    "Sample, fit, evaluate, recalibrate; against the same images held in memory"
+    from dataclasses import replace
+    from torch import nn
+    from xprune_nb.training import Recipe, evaluate, fit, recalibrate
+    data = load('imagenet', forest)
+    held = replace(data, **{s: Images(getattr(data, s).x[:], getattr(data, s).y) for s in ('train', 'val', 'test')})
+    def make(): torch.manual_seed(0); return nn.Sequential(nn.Conv2d(3, 4, 9, 8, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).eval()
+    nets = make(), make()
+    for net, d in zip(nets, (data, held)):
+        fit(net, d, Recipe(epochs=2, batch_size=8), 1, progress=False); recalibrate(net, d, 1, 20)
+    for (k, a), b in zip(nets[0].state_dict().items(), nets[1].state_dict().values()): assert_close(a, b, rtol=1e-5, atol=1e-6), k
+    assert evaluate(nets[0], data.test, data) == pytest.approx(evaluate(nets[1], held.test, held), rel=1e-5)
+    for a, b in zip(sample(data, 7, 2), sample(held, 7, 2)): assert a.equal(b)
+    fit(make(), data, Recipe(epochs=1, batch_size=8, augment=True), 1, progress=False)
+    assert data.train.take(data.train.y == 1).y.eq(1).all() and len(data.train.take(torch.arange(3)).x) == 3 and data.to('cpu').train.x.device.type == 'cpu'
+
+def test_a_tree_in_the_cache(forest, monkeypatch, tmp_path):
+    (tmp_path/'imagenet').symlink_to(forest); monkeypatch.setenv('XPRUNE_DATA', str(tmp_path))
+    assert len(load('imagenet').train.y) == len(load('imagenet', tmp_path).train.y) == len(load('imagenet', str(forest)).train.y) == 33
+
+HARMS = { # what is done to a tree -> what the message says
+    'no train': (lambda d: shutil.rmtree(d/'train'), OSError, 't/train. ImageNet has to be got from image-net.org'), 'no val': (lambda d: shutil.rmtree(d/'val'), OSError, 'val/<class>/<image>'),
+    'a class less in val': (lambda d: shutil.rmtree(d/'val'/NAMES3[1]), ValueError, f"have different classes: '{NAMES3[1]}' is in train/ only (1 in all)"),
+    'a class more in val': (lambda d: (d/'val'/'zebra').mkdir(), ValueError, "'zebra' is in val/ only (1 in all)"),
+    'an empty class': (lambda d: [p.unlink() for p in (d/'train'/NAMES3[2]).iterdir()], ValueError, f"has no image of 1 class(es), the first '{NAMES3[2]}'; expected files that end in .jpg"),
+    'an empty class in val': (lambda d: [p.unlink() for p in (d/'val'/NAMES3[0]).iterdir()], ValueError, f"has no image of 1 class(es), the first '{NAMES3[0]}'"),
+    'no class': (lambda d: [shutil.rmtree(p) for p in [*(d/'train').iterdir(), *(d/'val').iterdir()]], ValueError, 'has no folder of a class in train/ and val/'),
+    'few images': (lambda d: [p.unlink() for p in (d/'train').glob('*/0*') if int(p.name[:3]) > 2], ValueError, 'has at most 3 training images of a class, expected enough to hold out a tenth')}
+
+@pytest.mark.parametrize('what', HARMS)
+def test_trees_that_do_not_fit(forest, tmp_path, what):
+    harm, kind, message = HARMS[what]
+    shutil.copytree(forest, tmp_path/'t'); harm(tmp_path/'t')
+    with pytest.raises(kind, match=says(message)) as e: load('imagenet', tmp_path/'t')
+    assert '\n' not in str(e.value)
+
+@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize('harm', [lambda c: b'', lambda c: c[:len(c)//2], lambda c: b'<html>Please log in</html>', lambda c: c[:200] + bytes(100)], ids=['empty', 'half', 'a page', 'damaged'])
+def test_files_that_are_no_pictures(forest, tmp_path, monkeypatch, harm, workers):
+    "One sentence that names the file, also from another process, whether it is streamed or sampled"
+    monkeypatch.setattr(room, 'WORKERS', workers)
+    shutil.copytree(forest, tmp_path/'t'); path = tmp_path/'t'/'train'/NAMES3[1]/'001b.png'
+    path.write_bytes(harm(path.read_bytes())); data = load('imagenet', tmp_path/'t')
+    for read in (lambda: list(loader(data.train, data, 4, seed=0)), lambda: list(loader(data.train, data, 4, seed=0, augment=True)), lambda: sample(data, 33)):
+        with pytest.raises(OSError, match=says(f'{path} cannot be read as an image (', 'Replace it, or delete it')) as e: read()
+        assert '\n' not in str(e.value)
+    path.unlink(); assert len(list(loader(load('imagenet', tmp_path/'t').train, data, 4, seed=0))) == 8
+
+def test_a_stream_is_never_whole_in_memory(forest, monkeypatch):
+    "Loading opens no image; a batch opens its own"
+    opened, real = [], Image.open
+    monkeypatch.setattr(Image, 'open', lambda p, *a, **k: (opened.append(p), real(p, *a, **k))[1])
+    data = load('imagenet', forest); data.train.take(torch.arange(20)); hold_out(data.train)
+    assert opened == []
+    next(iter(loader(data.test, data, 4))); assert 4 <= len(opened) <= 9
+
 # --- a file is whole or absent ---
 
 @contextmanager
@@ -244,7 +459,7 @@ def test_the_whole_set():
     whole, mini = load('cifar10'), load('cifar10-mini')
     assert [tuple(s.x.shape) for s in (whole.train, whole.val, whole.test)] == [(45_000, 3, 32, 32), (5_000, 3, 32, 32), (10_000, 3, 32, 32)]
     assert [np.bincount(s.y).tolist() for s in (whole.train, whole.val, whole.test)] == [[4500]*10, [500]*10, [1000]*10]
-    assert whole.classes == mini.classes == CLASSES
+    assert whole.classes == mini.classes == CLASSES and TRAINING['cifar10'] == len(whole.train.y)
     assert_close(mini.mean, whole.mean); assert_close(mini.std, whole.std)
 
 # --- splits, order, samples ---

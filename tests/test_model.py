@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from xprune_nb import model as room
-from xprune_nb.model import STEMS, baseline, baselines, batch_norms, build, convs, cost, load_weights, read_weights, save_weights
+from xprune_nb.model import MODELS, STEMS, baseline, baselines, batch_norms, build, convs, cost, load_weights, read_weights, save_weights
 
 says = lambda *parts: '.*'.join(map(re.escape, parts))
 same = lambda a, b: a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a)
@@ -35,7 +35,59 @@ def test_where_each_stage_works(stem, sizes):
         for layer in net.features: x = layer(x); seen.append(x.shape[-1])
     assert [seen[i] for i in (0, 1, 3, 6, 10, 13, 16, 17, 18)] == sizes
 
+@pytest.mark.parametrize('name', [n for n in MODELS if n != 'mobilenet_v2'])
+def test_other_networks_are_torchvisions(name):
+    if name.startswith('vgg19'): pytest.skip('as vgg16, and half a gigabyte')
+    torch.manual_seed(3); want = getattr(torchvision.models, name)(weights=None, num_classes=4).state_dict()
+    net = build(name, 4, seed=3)
+    assert same(net.state_dict(), want) and not net.training
+    with torch.inference_mode(): assert net(torch.zeros(2, 3, 32, 32)).shape == (2, 4)
+
+@pytest.mark.parametrize('name', ['resnet18', 'resnet50'])
+def test_residual_networks_for_small_images(name):
+    "A 3x3 convolution at 32x32, then stages at 32, 16, 8 and 4; every weight but the first layer's is drawn as torchvision draws it, the first layer's from the seed alone"
+    net, plain, x, sides = build(name, 4, 'cifar', seed=3), build(name, 4, seed=3), torch.zeros(1, 3, 32, 32), []
+    with torch.inference_mode():
+        x = net.maxpool(net.relu(net.bn1(net.conv1(x)))); sides.append(x.shape[-1])
+        for stage in net.layer1, net.layer2, net.layer3, net.layer4: x = stage(x); sides.append(x.shape[-1])
+    assert sides == [32, 32, 16, 8, 4] and net.conv1.weight.shape == (64, 3, 3, 3) and net.conv1.bias is None
+    a, b = net.state_dict(), plain.state_dict()
+    assert same({k: v for k, v in a.items() if k != 'conv1.weight'}, {k: v for k, v in b.items() if k != 'conv1.weight'})
+    torch.rand(5); assert same(a, build(name, 4, 'cifar', seed=3).state_dict()) and not a['conv1.weight'].equal(build(name, 4, 'cifar', seed=4).conv1.weight)
+    assert a['conv1.weight'].std().item() == pytest.approx((2/(64*9))**.5, rel=.1)  # fan out
+    table = cost(net)
+    assert table.macs['conv1'] == 64*27*32*32 and table.params.sum() == cost(plain).params.sum() - 64*3*(49 - 9)
+
+@pytest.mark.parametrize('name', ['vgg16', 'vgg16_bn', 'vgg19', 'vgg19_bn'])
+def test_networks_without_another_stem(name):
+    with pytest.raises(ValueError, match=says(f"'{name}' has no stem for small images here; build it with stem='imagenet'")): build(name, stem='cifar')
+
 # --- convolutions and costs ---
+
+def on_meta(name):
+    with torch.device('meta'): return MODELS[name][0](weights=None, num_classes=1000).eval()
+
+@pytest.mark.parametrize('name', MODELS)
+def test_costs_are_those_that_are_published(name):
+    "With torchvision's weights: parameters to the unit, and billions of multiply-accumulates to the second digit"
+    meta, table = torchvision.models.get_model_weights(name).IMAGENET1K_V1.meta, cost(on_meta(name), (3, 224, 224))
+    assert table.params.sum() == meta['num_params'] and table.macs.sum()/1e9 == pytest.approx(meta['_ops'], abs=.012)
+
+@pytest.mark.parametrize('name', MODELS)
+def test_each_convolution_has_its_normalisation_or_none(name):
+    net = on_meta(name); norms = batch_norms(net)
+    assert list(norms) == ([] if name in ('vgg16', 'vgg19') else list(convs(net)))
+    assert len({*norms.values()}) == len(norms) == sum(isinstance(m, nn.BatchNorm2d) for m in net.modules())
+    for c, b in norms.items(): assert dict(net.named_modules())[b].num_features == convs(net)[c].out_channels
+
+def test_vgg_on_paper():
+    "Thirteen convolutions of 3x3 with biases, halved after the 2nd, 4th, 7th, 10th and 13th; three linear layers behind 7x7"
+    widths, sides = [64]*2 + [128]*2 + [256]*3 + [512]*6, [32]*2 + [16]*2 + [8]*3 + [4]*3 + [2]*3
+    table = cost(on_meta('vgg16'))
+    c = table[table.kind == 'Conv2d']
+    assert c.params.tolist() == [9*i*o + o for i, o in zip([3, *widths], widths)] and c.macs.tolist() == [9*i*o*s*s for i, o, s in zip([3, *widths], widths, sides)]
+    assert table[table.kind == 'Linear'].macs.tolist() == [25088*4096, 4096*4096, 4096*1000]
+
 
 def plain_net(): return nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, (1, 3), groups=4, bias=False), nn.BatchNorm2d(8), nn.Conv2d(8, 12, 3, dilation=2, padding=2),
                                       nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(48, 9), nn.ReLU(), nn.Linear(9, 5, bias=False)).eval()
@@ -161,6 +213,28 @@ def test_the_story_fits_together(name):
     assert 0 == base.epochs[0] < base.epochs[1] and base.epochs[-1] <= recipe.epochs and base.data in DATASETS and base.name == name
     assert sorted(p.name for p in room.ASSETS.glob(f'{name}-epoch*')) == sorted(f'{name}-epoch{e}.safetensors' for e in base.files)
     assert 0 < base.test_accuracy < 1 and {'epoch', 'train_accuracy', 'val_accuracy'} <= set(base.history) and {'torch', 'torchvision'} <= set(base.versions)
+
+@pytest.mark.parametrize('name', baselines())
+def test_first_weights_that_can_not_be_made_again_are_refused(name, monkeypatch):
+    "As by a torch whose generator, or a torchvision whose initialisation, is another one; what is kept stays at hand"
+    base = baseline(name)
+    real = room.build
+    monkeypatch.setattr(room, 'build', lambda *a: real(*a[:3], a[3] + 1))
+    with pytest.raises(ValueError, match=says(f'the first weights of {name} can not be made again: torch ', 'Rewind to one of: 5, 50, last')): base.weights(0)
+    with pytest.raises(ValueError, match='can not be made again'): base.net(0)
+    assert same(base.net('last').state_dict(), base.weights('last'))
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', baselines())
+def test_the_first_epoch_begins_where_the_history_says(name):
+    "The recorded training, its first epoch again, from the seed's weights: a minute and a half"
+    from dataclasses import replace
+    from xprune_nb.data import cache_dir, load
+    from xprune_nb.training import Recipe, fit
+    base = baseline(name)
+    if not (cache_dir()/base.data/'test_batch.bin').exists(): pytest.skip('the cache does not hold the whole set')
+    again = fit(base.net(0), load(base.data), replace(Recipe(**base.recipe), epochs=1), base.seed, progress=False).frame.iloc[0]
+    for k in 'train_loss', 'train_accuracy', 'val_accuracy': assert again[k] == pytest.approx(base.history[k][0], rel=1e-2), k
 
 @pytest.mark.parametrize('e', ['first', -1, 10**6, '0', None, 0.5])
 def test_epochs_that_are_not_kept(e):

@@ -106,7 +106,7 @@ def imported(source:str)->set[str]:
 
 MODULES = sorted((ROOT/'xprune_nb').rglob('*.py'))
 UNNAMED = {'ipykernel': 'the kernel in which papermill runs a notebook', 'jupyterlab': 'where the notebooks are read', 'ipywidgets': 'tqdm.auto draws its bars there',
-           'vl-convert-python': 'altair draws PNG and SVG with it'}
+           'vl-convert-python': 'altair draws PNG and SVG with it', 'onnxscript': 'torch exports to ONNX with it'}
 
 @pytest.mark.parametrize('path', MODULES, ids=lambda o: o.stem)
 def test_module_imports_what_is_declared(path):

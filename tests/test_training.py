@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from xprune_nb.data import Images, load, loader
 from xprune_nb.model import build, convs, save_weights
 from xprune_nb.pruning import cut, groups, plan, silence, silenced
-from xprune_nb.training import Recipe, evaluate, fast_on_cpu, fit, recalibrate
+from xprune_nb.training import DECAYS, Recipe, evaluate, fast_on_cpu, fit, recalibrate, steps_of
 
 says = lambda *parts: '.*'.join(map(re.escape, parts))
 same = lambda a, b: a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a)
@@ -100,7 +100,7 @@ def test_evaluation_leaves_each_module_in_its_mode():
 
 # --- fit ---
 
-@pytest.mark.parametrize('kw', [dict(), dict(augment=True, lr=.05), dict(momentum=0., weight_decay=0.), dict(batch_size=149, weight_decay=.1)], ids=str)
+@pytest.mark.parametrize('kw', [dict(), dict(augment=True, lr=.05), dict(momentum=0., weight_decay=0.), dict(batch_size=149, weight_decay=.1), dict(decay='step', lr=.05), dict(decay='cosine', of=6)], ids=str)
 @pytest.mark.parametrize('silent', [False, True])
 def test_fit_is_the_loop_of_the_textbook(kw, silent):
     recipe, data, seed = Recipe(epochs=2, **dict(dict(batch_size=64), **kw)), some(), 5
@@ -108,7 +108,7 @@ def test_fit_is_the_loop_of_the_textbook(kw, silent):
     p = {n: torch.arange(c.out_channels) % 3 > 0 for n, c in convs(net).items()} if silent else None
     history = fit(net, data, recipe, seed, plan=p, progress=False).frame
     if silent: silence(twin, p)
-    velocity, rows = {}, []
+    velocity, rows, rates = {}, [], recipe.rates()
     for epoch in (1, 2):
         twin.train(); losses, hits = [], []
         for x, y in loader(data.train, data, recipe.batch_size, seed, epoch, recipe.augment):
@@ -119,7 +119,7 @@ def test_fit_is_the_loop_of_the_textbook(kw, silent):
             for q in twin.parameters():
                 step = q.grad + recipe.weight_decay*q.data
                 velocity[q] = recipe.momentum*velocity[q] + step if q in velocity else step
-                q.data = q.data - recipe.lr*velocity[q]
+                q.data = q.data - rates[epoch-1]*velocity[q]
             if silent: silence(twin, p)
             losses += (-log_p).tolist(); hits += (out.argmax(1) == y).tolist()
         twin.eval()
@@ -175,6 +175,97 @@ def test_a_loss_that_is_not_finite_ends_in_a_sentence_and_no_checkpoint(tmp_path
     with pytest.raises(FloatingPointError, match=says('the training loss became nan in epoch 1 at lr=0.01: lower it')):
         fit(net, some(), Recipe(epochs=2), progress=False, checkpoint=tmp_path/'c.safetensors')
     assert list(tmp_path.iterdir()) == []
+
+@given(st.integers(1, 40), st.integers(0, 40), st.floats(1e-4, 1))
+@settings(max_examples=60, deadline=None)
+def test_rates_are_those_of_torchs_schedulers(of, epochs, lr):
+    "The last ones of them"
+    epochs = min(epochs, of)
+    def theirs(make):
+        opt = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr); schedule, rates = make(opt), []
+        for _ in range(of): rates.append(opt.param_groups[0]['lr']); opt.step(); schedule.step()
+        return rates[of-epochs:]
+    S = torch.optim.lr_scheduler
+    want = dict(constant=lambda o: S.ConstantLR(o, 1.), cosine=lambda o: S.CosineAnnealingLR(o, of), step=lambda o: S.MultiStepLR(o, [math.ceil(of/2), math.ceil(3*of/4)]))
+    for d in DECAYS: np.testing.assert_allclose(Recipe(epochs=epochs, lr=lr, decay=d, of=of).rates(), theirs(want[d]), rtol=1e-9, atol=1e-12)
+    assert Recipe(epochs=epochs, lr=lr).rates() == [lr]*epochs
+
+@given(st.integers(1, 300), st.integers(2, 70))
+@settings(max_examples=100, deadline=None)
+def test_steps_are_the_loaders(n, batch):
+    data = load(); assert steps_of(n, batch) == sum(1 for _ in loader(data.train.take(torch.arange(n)), data, batch, seed=0))
+
+# --- a plan that grows ---
+
+every = lambda k, r=0: {n: torch.arange(c.out_channels) % k != r for n, c in convs(small()).items()}
+both = lambda a, b: {n: a[n] & b[n] for n in a}
+
+def test_a_plan_that_grows_is_obeyed_from_that_step_on():
+    "By the loop of the textbook; the plan is made in eval mode, by the plain network, and what it draws is nobody else's business"
+    recipe, data, net, twin, met = Recipe(epochs=2, batch_size=40, lr=.05), some(), small(0.), small(0.), []
+    plans = {2: every(4), 5: both(every(4), every(3)), 8: both(both(every(4), every(3)), every(2, 1))}
+    def make(step):
+        def f(model):
+            torch.rand(5); met.append((step, model.training, any('forward' in vars(c) for c in convs(model).values())))
+            return plans[step]
+        return f
+    fit(net, data, recipe, 1, progress=False, grow={s: make(s) for s in plans})
+    opt, step = torch.optim.SGD(twin.parameters(), .05, .9, weight_decay=1e-4), 0
+    p = None
+    for epoch in (1, 2):
+        twin.train()
+        for x, y in loader(data.train, data, 40, 1, epoch):
+            loss = F.cross_entropy(twin(x), y); opt.zero_grad(); loss.backward(); opt.step(); step += 1
+            if p: silence(twin, p)
+            if step in plans: p = plans[step]; silence(twin, p)
+    assert step == 8 and met == [(s, False, False) for s in plans] and not net.training
+    assert_close(dict(net.state_dict()), dict(twin.state_dict()), rtol=1e-4, atol=1e-6)
+
+def test_after_the_last_step_nothing_is_learnt():
+    "A plan that grows when all is over silences, to the bit, the network that learnt without it"
+    nets = [small(.5), small(.5)]
+    fit(nets[0], some(), Recipe(epochs=2, batch_size=64), 3, progress=False, grow={6: lambda m: every(2)})
+    fit(nets[1], some(), Recipe(epochs=2, batch_size=64), 3, progress=False)
+    assert same(nets[0].state_dict(), silence(nets[1], every(2)).state_dict())
+
+@pytest.mark.parametrize('steps', [0, -1, 7])
+def test_growth_at_a_step_that_there_is_not(steps):
+    with pytest.raises(ValueError, match=says(f'the plan shall grow after step {steps}, expected 1 to 6')): fit(small(), some(), Recipe(epochs=2, batch_size=64), progress=False, grow={steps: lambda m: every(2)})
+
+def test_growth_and_checkpoints_do_not_go_together(tmp_path):
+    with pytest.raises(ValueError, match='expected one of them: a checkpoint does not keep what has grown'): fit(small(), some(), Recipe(epochs=1), progress=False, checkpoint=tmp_path/'c', grow={1: lambda m: every(2)})
+
+def test_growth_that_breaks_leaves_an_ordinary_network():
+    net = small()
+    with pytest.raises(ZeroDivisionError): fit(net, some(), Recipe(epochs=1, batch_size=64), progress=False, grow={1: lambda m: 1/0})
+    assert not net.training and not any('forward' in vars(c) for c in convs(net).values())
+
+# --- what training leaves alone ---
+
+@pytest.mark.parametrize('kill', [False, True])
+def test_random_numbers_of_others_are_left_alone_and_the_mode_is_eval(kill):
+    "Also when somebody interrupts it"
+    def die(epoch, model): torch.rand(3); model.train(); 1/(not kill)
+    net = small(.5); torch.manual_seed(11); want = torch.rand(4); torch.manual_seed(11)
+    try: fit(net, some(), Recipe(epochs=2, batch_size=64), progress=False, each_epoch=die)
+    except ZeroDivisionError: assert kill
+    assert torch.rand(4).equal(want) and not any(m.training for m in net.modules()) and not any('forward' in vars(c) for c in convs(net).values())
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
+def test_networks_of_other_precision(dtype):
+    net, plain = small(0.).to(dtype), small(0.)
+    for n in net, plain: fit(n, some(), Recipe(epochs=2, batch_size=50), progress=False); recalibrate(n, some(), images=100)
+    assert {v.dtype for v in net.state_dict().values() if v.is_floating_point()} == {dtype}
+    assert evaluate(net, some().val, some())[1] == pytest.approx(evaluate(plain, some().val, some())[1], rel=1e-5 if dtype == torch.float64 else .05)
+
+def test_a_split_without_images():
+    with pytest.raises(ValueError, match='a split of cifar10-mini without images was given, expected at least one'): evaluate(small(), some().val.take(torch.arange(0)), some())
+
+@pytest.mark.parametrize('images,train', [(1, 150), (0, 150), (2048, 1)])
+def test_one_image_has_no_statistics(images, train):
+    net = small(); before = snapshot(net)
+    with pytest.raises(ValueError, match=says(f'{min(images, train)} image(s) to recalibrate on, expected at least 2')): recalibrate(net, some(train), images=images)
+    assert same(net.state_dict(), before)
 
 # --- killed and taken up again ---
 
@@ -264,6 +355,13 @@ def test_checkpoints_of_another_network_plan_or_data_are_refused(checkpoint, tmp
     refused('not of this architecture', small(.5, classes=7), p=SILENT)
     save_weights(small(), path)
     refused('c.safetensors is no checkpoint', small(.5))
+
+def test_checkpoints_of_other_starting_weights_are_refused(checkpoint, tmp_path):
+    path = tmp_path/'c.safetensors'; path.write_bytes(checkpoint)
+    for harm in (lambda net: net[0].weight.data.flatten()[0].add_(1e-6), lambda net: net[1].running_mean.add_(1e-6)):
+        net = small(.5); harm(net); before = snapshot(net)
+        with pytest.raises(ValueError, match=says('c.safetensors holds a training that set out from other weights (SHA-256 ', 'Name another checkpoint')): fit(net, some(), RECIPE, 3, plan=SILENT, progress=False, checkpoint=path)
+        assert same(net.state_dict(), before)
 
 # --- recalibrate ---
 
