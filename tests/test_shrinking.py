@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import nn
 from torchvision.models.mobilenetv2 import MobileNetV2
 
+from xprune_nb.criteria import magnitude
 from xprune_nb.data import load as load_data
 from xprune_nb.model import build, convs, cost
 from xprune_nb.pruning import cut, groups, plan, silenced
@@ -185,3 +186,23 @@ def test_onnxruntime_agrees_on_real_images(tmp_path, which):
         have = torch.from_numpy(session.run(['logits'], {'images': some.numpy()})[0])
         with torch.no_grad(): want = small(some)
         assert have.shape == want.shape and (have-want).abs().max() <= 1e-5*want.abs().max()
+
+def test_a_network_is_not_saved_under_what_makes_another(tmp_path):
+    "Strides are no numbers: only the architecture tells a stem from the other"
+    net = build('mobilenet_v2', 10, 'cifar').eval()
+    p = plan(magnitude(net), .5, coupling='coupled', groups=groups(net))
+    for how, said in (dict(name='mobilenet_v2'), 'makes another network than the one to save'), (dict(name='resnet18'), 'makes a ResNet'), (dict(name='mobilenet_v2', classes=5, stem='cifar'), 'does not hold a cut MobileNetV2'):
+        with pytest.raises(ValueError, match=said): save(cut(net, p), tmp_path/'a.safetensors', p, **how)
+    with pytest.raises(ValueError, match="says nothing of layer|is no convolution"): save(cut(net, p), tmp_path/'a.safetensors', {'x': p['features.0.0']}, name='mobilenet_v2', stem='cifar')
+    assert not list(tmp_path.iterdir())
+
+def test_tied_tensors_and_mixed_types_come_back(tmp_path):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__(); self.a, self.b, self.n = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+            self.b.weight = self.a.weight
+        def forward(self, x): return self.b(self.n(self.a(x)))
+    net = Tied().eval(); net.a.half(); net.b.bias.data = net.b.bias.data.half()
+    back = load(save(net, tmp_path/'own.safetensors'), Tied)
+    assert {k: v.dtype for k, v in back.state_dict().items()} == {k: v.dtype for k, v in net.state_dict().items()}
+    assert all(v.equal(net.state_dict()[k]) for k, v in back.state_dict().items())

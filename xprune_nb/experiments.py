@@ -36,7 +36,7 @@ def _typed(name:str, value, kind:type):
     "`value` as plain Python of this type (numpy's numbers and an int for a float will do), or `ValueError`"
     for k in typing.get_args(kind) or (kind,):
         like = {bool: (bool, np.bool_), int: numbers.Integral, float: numbers.Real, str: str}[k]
-        if isinstance(value, like) and (k is bool or not isinstance(value, bool)): return k(value)
+        if isinstance(value, like) and (k is bool or not isinstance(value, bool)): return k(value) + 0. if k is float else k(value) # no -0.
     wanted = ' or '.join(k.__name__ for k in typing.get_args(kind) or (kind,))
     raise ValueError(f'{name} is {value!r} ({type(value).__name__}), expected {wanted}')
 
@@ -55,6 +55,8 @@ RULES = ( # what can't be, alone or side by side: (of a Run, said of it)
      lambda r: f'macs_left is {r.macs_left}, expected a share of the MACs to leave in (0, 1]'),
     (lambda r: not 0 < r.floor < 1 if isinstance(r.floor, float) else r.floor < 0,
      lambda r: f'floor is {r.floor}, expected a number of filters (int) or a share in (0, 1) (float)'),
+    (lambda r: not math.isfinite(r.lr), lambda r: f'lr is {r.lr}, expected a finite rate'),
+    (lambda r: abs(r.seed) >= 2**63, lambda r: f'seed is {r.seed}, expected a number below 2**63'),
     (lambda r: r.data.removesuffix('-mini') != baseline(r.baseline).data.removesuffix('-mini'),
      lambda r: f"data is '{r.data}' and baseline is '{r.baseline}', which has learnt {baseline(r.baseline).data}: "
                'expected the same'),

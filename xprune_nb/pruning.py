@@ -9,7 +9,7 @@ __all__ = ['NORMALISATIONS', 'REDUCTIONS', 'Plan', 'COUPLINGS', 'SCOPES', 'SCHED
            'ratio_for', 'masks', 'mask', 'plan_chart', 'scores_chart']
 
 # %% ../nbs/03_pruning.ipynb #c002
-import copy, math, operator, re, traceback
+import copy, inspect, math, numbers, operator, re, traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -44,10 +44,15 @@ def _untraceable(model:nn.Module, e:Exception) -> ValueError:
     return ValueError(f'the graph of {type(model).__name__} cannot be traced{at}: {why}. '
                       'Expected a forward pass without branches on values, in operations of torch')
 
+def _wrong_shape(model:nn.Module, shape, e:Exception) -> ValueError:
+    why = (str(e).strip().splitlines() or [type(e).__name__])[0]
+    return ValueError(f'{type(model).__name__} does not take an image of shape {tuple(shape)}: {why}')
+
 def _trace(model:nn.Module) -> torch.fx.Graph:
     "The operations of the network in their order (`ValueError` that names the operation that cannot be traced)"
+    defaults = {n: p.default for n, p in inspect.signature(model.forward).parameters.items() if p.default is not p.empty}
     try:
-        with evaluating(model): return _Tracer().trace(model)
+        with evaluating(model): return _Tracer().trace(model, defaults or None)
     except Exception as e: raise _untraceable(model, e) from e
 
 # %% ../nbs/03_pruning.ipynb #c006
@@ -55,15 +60,26 @@ def _trace(model:nn.Module) -> torch.fx.Graph:
 def _graph(model:nn.Module, shape:tuple[int, int, int]) -> Iterator[torch_pruning.DependencyGraph]:
     "The dependencies, from a pass in eval mode with gradients on; afterwards modes and `requires_grad` are as before"
     p, wants = next(model.parameters()), {n: q.requires_grad for n, q in model.named_parameters()}
+    hooks = {m: dict(m._forward_hooks) for m in model.modules()}
+    image = torch.zeros(1, *shape, device=p.device, dtype=p.dtype)
+    try:
+        with evaluating(model), torch.no_grad(): model(image)
+    except Exception as e: raise _wrong_shape(model, shape, e) from e
     try:
         with evaluating(model), torch.enable_grad():
             model.requires_grad_()
-            image = torch.zeros(1, *shape, device=p.device, dtype=p.dtype)
             try: graph = torch_pruning.DependencyGraph().build_dependency(model, image, verbose=False)
-            except Exception as e: raise _untraceable(model, e) from e
+            except Exception as e:
+                unknown = ', '.join(op.node.name for op in _ops(model, shape)[0] if op.kind == 'wall' and op.node.op != 'output')
+                raise ValueError(f'the dependency graph of {type(model).__name__} cannot be built: {type(e).__name__}: {e}. '
+                                 f'Operations whose channels are not followed: {unknown or "none"}') from e
             yield graph
     finally:
         for n, q in model.named_parameters(): q.requires_grad_(wants[n])
+        for m, there in hooks.items(): # of a graph that failed
+            for k in [k for k in m._forward_hooks if k not in there]: del m._forward_hooks[k]
+
+_MIXES = {F.linear, F.conv2d, torch.matmul, torch.mm, torch.addmm, torch.einsum, operator.matmul, 'matmul', 'mm', '@'}
 
 def classifier(
     model:nn.Module,
@@ -75,7 +91,7 @@ def classifier(
         node = todo.pop()
         m = mods.get(node.target) if node.op == 'call_module' else None
         if isinstance(m, nn.Conv2d): found.append(node.target)
-        elif not isinstance(m, nn.Linear): todo += node.all_input_nodes
+        elif not isinstance(m, nn.Linear) and node.target not in _MIXES: todo += node.all_input_nodes
     return tuple(n for n in convs(model) if n in found)
 
 def _span(name:str, idxs:Sequence[int], out:int) -> str:
@@ -131,7 +147,8 @@ def groups_chart(
     ties = alt.Scale(domain=['with its depthwise', 'summed by shortcuts', 'by itself'],
                      range=['#0072B2', '#D55E00', '#7F7F7F'])
     base = alt.Chart(pd.DataFrame(rows), width=560, height=alt.Step(13), title=title).encode(
-        alt.X('number:Q', title='convolution, in the order of the network', scale=alt.Scale(nice=False)),
+        alt.X('number:Q', title='convolution, in the order of the network', scale=alt.Scale(nice=False),
+              axis=alt.Axis(tickMinStep=1, format='d')), alt.Detail('group:N'),
         alt.Y('group:N', sort=None, title=None), alt.Color('tie:N', title='shares channels', scale=ties))
     return base.mark_line(strokeWidth=2) + base.mark_point(filled=True, size=50, opacity=1).encode(
         tooltip=['convolution', 'group', 'tie'])
@@ -189,10 +206,6 @@ def _local(units:list[_Unit], ratio:float) -> list[int]: # how many filters of e
 def _global(units:list[_Unit], ratio:float) -> list[int]: # how many filters of each go
     "The ratio is a share of all filters: the smallest scores of all go, as far as floors and protection let them"
     total, before = sum(len(u)*len(u.members) for u in units), sum(int(g.sum()) for u in units for g in u.gone)
-    for u in units:
-        if any(not g.equal(u.gone[0]) for g in u.gone):
-            raise ValueError(f"the earlier plan is not coupled: '{u.members[0]}' and '{u.members[1]}' share channels "
-                             'and differ in what was removed')
     scores, which, weight = [], [], []
     for i, u in enumerate(units):
         order = u.scores.masked_fill(u.gone[0], -math.inf).sort(descending=True, stable=True).values
@@ -214,6 +227,13 @@ def _global(units:list[_Unit], ratio:float) -> list[int]: # how many filters of 
 SCOPES = dict(local=_local, **{'global': _global}) # where filters compete: within a layer (group), or in all of them
 
 # %% ../nbs/03_pruning.ipynb #c020
+def _apart(name:str, width:int, groups) -> list[str]: # runs of channels: `name[a:b]`
+    "The channels of a convolution that are in no group though others of its channels are: they are tied to the classes"
+    left = torch.ones(width, dtype=torch.bool)
+    for m in (m for g in groups for m in g if m.split('[')[0] == name): _of({name: left}, m)[:] = False
+    edges = torch.cat([torch.zeros(1), left.float(), torch.zeros(1)]).diff()
+    return [f'{name}[{a}:{b}]' for a, b in zip((edges == 1).nonzero().flatten(), (edges == -1).nonzero().flatten())]
+
 def _units(scores:Mapping[str, Tensor], groups, coupled, reduce, normalise, within, protect, floor) -> list[_Unit]:
     "Who decides, by which scores"
     norm = {n: NORMALISATIONS[normalise](v) if normalise else v for n, v in scores.items()}
@@ -223,14 +243,20 @@ def _units(scores:Mapping[str, Tensor], groups, coupled, reduce, normalise, with
                          f"There are: {', '.join(scores)}")
     for p in protect:
         if not any(fnmatchcase(n, p) for n in scores): one_of(p, scores, 'layer to protect')
-    safe = {n for n in scores if any(fnmatchcase(n, p) for p in protect) or (groups and n not in grouped)}
+    safe = {n for n in scores if any(fnmatchcase(n, p) for p in protect) or (groups is not None and n not in grouped)}
     none = {n: torch.zeros(len(v)).bool() for n, v in scores.items()}
     gone = {n: ~k.cpu() for n, k in (within or {}).items()} or none
-    least = lambda o: min(o, floor) if isinstance(floor, int) else math.ceil(floor*o - 1e-9)
+    for g in groups if coupled else ():
+        if len({*map(len, (_of(norm, m) for m in g))}) > 1: raise ValueError(
+            'the groups are another network\'s: ' + ', '.join(f"'{m}' has {len(_of(norm, m))} scores" for m in g))
+        if odd := next((m for m in g if not _of(gone, m).equal(_of(gone, g[0]))), None): raise ValueError(
+            f"the earlier plan is not coupled: '{g[0]}' and '{odd}' share channels and differ in what was removed")
+    least = lambda o: min(o, floor) if isinstance(floor, numbers.Integral) else math.ceil(floor*o - 1e-9)
+    apart = [r for n in scores if coupled and n in grouped for r in _apart(n, len(scores[n]), groups)]
     rest = [(n,) for n in scores if not coupled or n not in grouped]
     units = [_Unit(tuple(g), REDUCTIONS[reduce]([_of(norm, m) for m in g]) if coupled else norm[g[0]],
-                   [_of(gone, m) for m in g], any(m.split('[')[0] in safe for m in g), 0)
-             for g in [*(groups if coupled else ()), *rest]]
+                   [_of(gone, m) for m in g], g[0] in apart or any(m.split('[')[0] in safe for m in g), 0)
+             for g in [*(groups if coupled else ()), *((r,) for r in apart), *rest]]
     for u in units: u.floor = least(len(u))
     return units
 
@@ -256,9 +282,11 @@ def plan(
     "Which filters stay. `ValueError` for a bad ratio, a layer left empty, a score that is not finite"
     check_ratio(ratio); one_of(scope, SCOPES, 'scope'); one_of(coupling, COUPLINGS, 'coupling')
     one_of(reduce, REDUCTIONS, 'reduction'); one_of(normalise, NORMALISATIONS, 'normalisation')
-    if round_to < 1 or floor < 0 or (isinstance(floor, float) and floor > 1):
+    whole = isinstance(floor, numbers.Integral)
+    if not isinstance(round_to, numbers.Integral) or round_to < 1 or not 0 <= floor <= (math.inf if whole else 1):
         raise ValueError(f'floor is {floor} and round_to is {round_to}, expected a number of filters or a share in '
                          '[0, 1], and a whole number of at least 1')
+    if not scores: raise ValueError('there are no scores, expected those of each convolution')
     for n, v in scores.items():
         if v.ndim != 1 or not v.isfinite().all():
             raise ValueError(f"the scores of layer '{n}' are not finite numbers, one a filter: "
@@ -267,9 +295,14 @@ def plan(
     if coupled and groups is None: raise ValueError("coupling='coupled' needs groups=groups(model)")
     if within and (odd := within.keys() ^ s.keys()):
         raise ValueError(f"the earlier plan and the scores differ in their layers: '{min(odd)}' is in one of them only")
+    for n, k in (within or {}).items():
+        if len(k) != len(s[n]): raise ValueError(
+            f"the earlier plan says of {len(k)} filters of layer '{n}' whether they stay, and there are {len(s[n])} scores")
     meets = normalise if coupled or scope == 'global' else None
     protect = (protect,) if isinstance(protect, str) else protect
     units = _units(s, groups, coupled, reduce, meets, within, protect, floor)
+    if scope == 'global' and reduce == 'sum': # what is gained by each filter that goes: else the size of a group decides
+        for u in units: u.scores = u.scores/len(u.members)
     new = {n: torch.zeros(len(v), dtype=torch.bool) for n, v in s.items()}
     for u, n in zip(units, SCOPES[scope](units, ratio)):
         n = len(u) - min(len(u), math.ceil((len(u)-n)/round_to)*round_to)
@@ -408,20 +441,28 @@ def _is_plain(node:torch.fx.Node, m:nn.Module|None) -> bool:
     return True
 
 # %% ../nbs/03_pruning.ipynb #c037
-def _alters_another(node:torch.fx.Node, mods:Mapping[str, nn.Module], order:dict) -> bool:
-    "Whether an operation in place changes what a later operation still reads under an older name"
-    m, t = mods.get(node.target) if node.op == 'call_module' else None, node.target
-    if not (getattr(m, 'inplace', False) or node.kwargs.get('inplace') or t in _IN_PLACE
-            or (node.op == 'call_method' and t.endswith('_'))): return False
-    old = node.all_input_nodes[0]
-    while True: # `old` is the same memory
-        if any(order[u] > order[node] for u in old.users): return True
-        m, name = mods.get(old.target) if old.op == 'call_module' else None, getattr(old.target, '__name__', old.target)
-        view = isinstance(m, (*_SAME_MODULES, nn.Flatten)) if m else name in (
-            'flatten', 'view', 'reshape', 'contiguous', 'squeeze', 'dropout', 'stochastic_depth')
-        again = getattr(m, 'inplace', False) or (m is None and str(name).endswith('_')) or old.target in _IN_PLACE
-        if not (view or again) or not old.all_input_nodes: return False
-        old = old.all_input_nodes[0]
+_VIEW_NAMES = {*('flatten view view_as reshape contiguous squeeze unsqueeze dropout dropout2d stochastic_depth detach getitem chunk '
+                 'split narrow select transpose permute unbind expand').split()}
+
+def _altered(graph:torch.fx.Graph, mods:Mapping[str, nn.Module]) -> set[torch.fx.Node]:
+    "What operations in place change, and a later operation still reads under an older name; and those operations"
+    order, found = {n: i for i, n in enumerate(graph.nodes)}, set()
+    def in_place(n):
+        m = mods.get(n.target) if n.op == 'call_module' else None
+        return bool(getattr(m, 'inplace', False) or n.kwargs.get('inplace') or n.target in _IN_PLACE
+                    or (n.op == 'call_method' and n.target.endswith('_')))
+    def same(n): # whether what comes out may be the memory of what went in
+        m = mods.get(n.target) if n.op == 'call_module' else None
+        view = isinstance(m, (*_SAME_MODULES, nn.Flatten)) if m else getattr(n.target, '__name__', n.target) in _VIEW_NAMES
+        return n.all_input_nodes and (view or in_place(n))
+    for node in (n for n in graph.nodes if in_place(n) and n.all_input_nodes):
+        first = node.all_input_nodes[0]
+        while same(first): first = first.all_input_nodes[0]
+        names = {first}
+        for n in graph.nodes: # in their order: views of views, too
+            if order[n] < order[node] and same(n) and n.all_input_nodes[0] in names: names.add(n)
+        if any(order[u] > order[node] for a in names for u in a.users if u not in names): found |= {node, *names}
+    return found
 
 # %% ../nbs/03_pruning.ipynb #c038
 class _Shapes(torch.fx.Interpreter):
@@ -439,11 +480,15 @@ def _ops(model:nn.Module, shape:tuple[int, int, int]|None=None) -> tuple[list[_O
     if shape:
         p = next(model.parameters())
         run = _Shapes(model, graph)
-        with evaluating(model), torch.no_grad(): run.run(torch.zeros(1, *shape, device=p.device, dtype=p.dtype))
+        try:
+            with evaluating(model), torch.no_grad(): run.run(torch.zeros(1, *shape, device=p.device, dtype=p.dtype))
+        except Exception as e: raise _wrong_shape(model, shape, e) from e
         shapes = run.shapes
-    order, ops = {n: i for i, n in enumerate(graph.nodes)}, []
+    altered, ops = _altered(graph, mods), []
     calls = Counter(n.target for n in graph.nodes if n.op == 'call_module')
     owners = Counter(id(p) for m in mods.values() for p in m.parameters(recurse=False))
+    there = dict(model.named_parameters(remove_duplicate=False))
+    owners.update(id(there[n.target]) for n in graph.nodes if n.op == 'get_attr' and n.target in there) # read from outside
     width = {}
     for n in graph.nodes:
         m = mods[n.target] if n.op == 'call_module' else None
@@ -451,7 +496,8 @@ def _ops(model:nn.Module, shape:tuple[int, int, int]|None=None) -> tuple[list[_O
         shared = m is not None and next(m.parameters(), None) is not None and (
             calls[n.target] > 1 or any(owners[id(p)] > 1 for p in m.parameters()))
         ins, now = n.all_input_nodes, shapes.get(n)
-        if kind == 'each' and _alters_another(n, mods, order): kind = 'wall'
+        if kind == 'cat': ins = list(_arg(n, 0, 'tensors')) # one may be there twice
+        if n in altered and kind != 'source': kind = 'wall'
         w, known = [width.get(i) for i in ins], now and len(now) > 1
         if kind == 'conv': width[n] = len(m.weight)
         elif kind in ('norm', 'pool'): width[n] = m.num_features if kind == 'norm' else w[0]
@@ -459,7 +505,8 @@ def _ops(model:nn.Module, shape:tuple[int, int, int]|None=None) -> tuple[list[_O
         elif kind == 'each': width[n] = max(w) if all(w) and {*w} <= {1, max(w)} else None
         else: width[n] = now[1] if known else None
         mixed = shapes and len({len(shapes.get(i, ())) for i in ins}) > 1
-        if kind in ('cat', 'each') and (width[n] is None or mixed):
+        strange = known and width[n] is not None and width[n] != now[1]
+        if kind in ('cat', 'each') and (width[n] is None or mixed) or strange:
             kind, width[n] = 'wall', now[1] if known else None
         view = n.target in _VIEWS and kind == 'spread'
         by = [i for s in _view_size(n)[1:2] for i in _sizes(s, shapes.get)] if view else ()
@@ -496,6 +543,9 @@ def check_plan(model:nn.Module, p:Plan) -> None:
             raise ValueError(f"the plan for layer '{n}' has shape {tuple(p[n].shape)} and type {p[n].dtype}, "
                              f'expected ({mods[n].out_channels},) and torch.bool')
         if not p[n].any(): raise ValueError(f"the plan leaves layer '{n}' without a filter")
+        if mods[n]._parameters.get('weight') is None: raise ValueError(
+            f"the weight of '{n}' is worked out from others (a parametrisation or a mask), expected one of its own: "
+            'torch.nn.utils.parametrize.remove_parametrizations or torch.nn.utils.prune.remove makes it so')
     if all(k.all() for k in p.values()): return
     for n in classifier(model):
         if not p[n].all(): raise ValueError(
@@ -768,6 +818,8 @@ def agreed(
     groups:list[tuple[str, ...]], # from `groups`
 ) -> list[Tensor]: # one (O,) bool a group, False = every member gives the channel up
     "On which channels the members of each group agree that they can go"
+    if strange := [m for g in groups for m in g if m.split('[')[0] not in plan]:
+        raise ValueError(f"the groups name '{strange[0]}', of which the plan says nothing. There are: {', '.join(plan)}")
     return [torch.stack([_of(plan, n) for n in g]).any(0) for g in groups]
 
 def _gone(model, flow, plan, shape, norm, fold) -> dict:
@@ -842,6 +894,7 @@ def random_alive_as(
 ) -> Plan: # a random plan
     "As many filters in each layer, and in each group as many channels alive in all its members, as another plan has"
     g, new = torch.Generator().manual_seed(seed), {n: k.cpu().clone() for n, k in plan.items()}
+    agreed(plan, groups) # refuses another network's groups
     for members in groups:
         old = torch.stack([_of(plan, n).cpu() for n in members])
         order = torch.randperm(old.shape[1], generator=g).tolist()
@@ -879,17 +932,20 @@ def ratio_for(
     fold:bool=True, # as in `cut`
     **how, # of `plan`: scope, coupling, groups, floor, ...
 ) -> float: # the ratio to plan with
-    "The ratio whose cut network comes within a thousandth of a share of the multiply-accumulates, or else nearest"
+    "The ratio whose cut network comes within a thousandth of a share of the multiply-accumulates, or else the nearest that was tried"
     if not 0 < macs <= 1: raise ValueError(f'macs is {macs}, expected a share of the dense network in (0, 1]')
-    flow, low, high = _Flow(model, shape), 0., 1.
-    check_plan(model, plan(scores, 0., **how))
+    within = how.get('within')
+    before = 0. if not within else 1-kept(within) if how.get('scope') == 'global' else max(
+        (~k).double().mean().item() for k in within.values())
+    flow, low, high = _Flow(model, shape), before, 1.
+    check_plan(model, plan(scores, low, **how))
     def share(ratio):
         p = plan(scores, ratio, **how)
         check = vanished(p)
         if check: raise ValueError(f"ratio {ratio} would leave layer '{check[0]}' without a filter")
         return flow.macs(_gone(model, flow, p, shape, norm, fold))/flow.macs(none)
     none = {op.node: torch.zeros(op.width or 0, dtype=torch.bool) for op in flow.ops}
-    found = {0.: share(0.)}
+    found = {low: share(low)}
     for _ in range(14):
         if abs(min(found.values(), key=lambda v: abs(v-macs))-macs) < 1e-3*macs: break
         middle = (low+high)/2

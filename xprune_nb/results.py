@@ -287,13 +287,16 @@ def stages(
 def frontier(
     rows:pd.DataFrame,
     schedule:str='oneshot',
-    cost:str='macs', # or 'params'
+    cost:str='macs', # or 'params', 'macs_live', 'params_live'
 ) -> alt.LayerChart:
-    "Accuracy against what the live part of the pruned network costs; each point is a ratio"
+    "Accuracy against what the pruned network costs after a cut; each point is a ratio"
     rows = _only(tidy(rows, cost), schedule)
     s = summary(rows).assign(cost=summary(rows, value=cost)['mean']/1e6)
     looks, log = _looks(s.criterion), s.cost.min() > 0
-    words = dict(macs='multiply-accumulates an image, millions, of what is alive', params='parameters, millions')
+    words = dict(macs='multiply-accumulates an image, millions, of what groups agree to keep',
+                 params='parameters, millions, of what groups agree to keep',
+                 macs_live='multiply-accumulates an image, millions, of what is alive',
+                 params_live='parameters, millions, of what is alive')
     x = alt.X('cost:Q', title=words.get(cost, cost), axis=alt.Axis(format='~g', grid=False, tickCount=6),
               scale=alt.Scale(type='log' if log else 'linear', nice=False, padding=24))
     y = alt.Y('mean:Q', title=LABELS['accuracy'], scale=alt.Scale(domain=[0, _top([s], _levels(rows))], nice=False))

@@ -26,7 +26,7 @@ def size_on_disk(
     model:nn.Module,
 ) -> int: # bytes
     "What weights and buffers take as safetensors"
-    return len(safetensors.torch.save({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}))
+    return len(safetensors.torch.save({k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}))
 
 @torch.inference_mode()
 def latencies(
@@ -87,6 +87,30 @@ def _digest(tensors:Mapping[str, Tensor], about:Mapping) -> str:
         h.update(tensors[k].contiguous().flatten().view(torch.uint8).numpy())
     return h.hexdigest()
 
+def _resize(model:nn.Module, tensors:Mapping[str, Tensor], groups:Mapping[str, int], name:str) -> None:
+    "Give each layer the size of its numbers (`ValueError` if they are no part of this architecture)"
+    state, mods = model.state_dict(), dict(model.named_modules())
+    for k in [*state, *tensors]:
+        have, want = (tuple(d[k].shape) if k in d else None for d in (tensors, state))
+        fits = have is not None and want is not None and len(have) == len(want)
+        if not fits or any(a > b for a, b in zip(have, want)) or 0 in have:
+            raise ValueError(f"{name} does not hold a cut {type(model).__name__}: '{k}' is {have or 'missing'}, "
+                             f"expected {f'at most {want}' if want else 'nothing'}")
+    for k, t in tensors.items():
+        home, _, part = k.rpartition('.')
+        m, old = mods[home], state[k]
+        if old.shape == t.shape and old.dtype == t.dtype and not isinstance(m, nn.Conv2d): continue
+        new = torch.empty(t.shape, dtype=t.dtype)
+        if part in m._parameters: m._parameters[part] = nn.Parameter(new, m._parameters[part].requires_grad)
+        else: m._buffers[part] = new
+        if part != 'weight' and part != 'running_mean': continue
+        if isinstance(m, nn.Conv2d):
+            m.groups = groups.get(home, 1)
+            m.out_channels, m.in_channels = len(t), t.shape[1]*m.groups
+        elif isinstance(m, nn.Linear): m.out_features, m.in_features = t.shape
+        elif hasattr(m, 'num_features'): m.num_features = len(t)
+        elif isinstance(m, nn.PReLU): m.num_parameters = len(t)
+
 def save(
     model:nn.Module, # a cut network (or a whole one)
     path:str|Path, # ends in .safetensors
@@ -95,10 +119,17 @@ def save(
     **built, # arguments of `build` that make the dense network: name, classes, stem; none for a class of one's own
 ) -> Path:
     "Write a network that `load` brings back in a fresh process (`ValueError` if nothing says how to make it)"
-    tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    if built and (odd := type(build(**built)).__name__) != type(model).__name__:
-        raise ValueError(f'{built} makes a {odd}, and the network to save is a {type(model).__name__}')
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()} # clone: some may be tied
     groups = {n: m.groups for n, m in convs(model).items() if m.groups > 1}
+    if built:
+        made = build(**built)
+        if type(made).__name__ != type(model).__name__:
+            raise ValueError(f'{built} makes a {type(made).__name__}, and the network to save is a {type(model).__name__}')
+        if plan: check_plan(made, plan)
+        _resize(made, tensors, groups, f'the network that {built} makes')
+        for have, want in zip(str(made).splitlines(), str(model).splitlines()): # strides, padding, kernels
+            if have != want: raise ValueError(f'{built} makes another network than the one to save: '
+                                              f'{have.strip()}, expected {want.strip()}')
     about = dict(format=1, version=version('xprune_nb'), made=type(model).__name__, build=built or None, groups=groups,
                  plan=plan and {n: ''.join('01'[int(k)] for k in keep.tolist()) for n, keep in plan.items()},
                  frozen=[n for n, q in model.named_parameters() if not q.requires_grad], about=dict(about or {}))
@@ -132,30 +163,6 @@ def described(
     return _read(path)[1]
 
 # %% ../nbs/03_shrinking.ipynb #c014
-def _resize(model:nn.Module, tensors:Mapping[str, Tensor], groups:Mapping[str, int], name:str) -> None:
-    "Give each layer the size of its numbers (`ValueError` if they are no part of this architecture)"
-    state, mods = model.state_dict(), dict(model.named_modules())
-    for k in [*state, *tensors]:
-        have, want = (tuple(d[k].shape) if k in d else None for d in (tensors, state))
-        fits = have is not None and want is not None and len(have) == len(want)
-        if not fits or any(a > b for a, b in zip(have, want)) or 0 in have:
-            raise ValueError(f"{name} does not hold a cut {type(model).__name__}: '{k}' is {have or 'missing'}, "
-                             f"expected {f'at most {want}' if want else 'nothing'}")
-    for k, t in tensors.items():
-        home, _, part = k.rpartition('.')
-        m, old = mods[home], state[k]
-        if old.shape == t.shape and not isinstance(m, nn.Conv2d): continue
-        new = torch.empty(t.shape, dtype=old.dtype)
-        if part in m._parameters: m._parameters[part] = nn.Parameter(new, m._parameters[part].requires_grad)
-        else: m._buffers[part] = new
-        if part != 'weight' and part != 'running_mean': continue
-        if isinstance(m, nn.Conv2d):
-            m.groups = groups.get(home, 1)
-            m.out_channels, m.in_channels = len(t), t.shape[1]*m.groups
-        elif isinstance(m, nn.Linear): m.out_features, m.in_features = t.shape
-        elif hasattr(m, 'num_features'): m.num_features = len(t)
-        elif isinstance(m, nn.PReLU): m.num_parameters = len(t)
-
 def load(
     path:str|Path, # a file that `save` wrote
     make:Callable[[], nn.Module]|None=None, # makes the dense network, for a class of one's own
@@ -170,8 +177,6 @@ def load(
         raise ValueError(f"{Path(path).name} holds a {about['made']}, and what was made is a {type(model).__name__}")
     if about['plan']: check_plan(model, {n: torch.tensor([c == '1' for c in k]) for n, k in about['plan'].items()})
     _resize(model, tensors, about['groups'], Path(path).name)
-    floats = {t.dtype for t in tensors.values() if t.is_floating_point()}
-    if len(floats) == 1: model.to(floats.pop())
     for n, q in model.named_parameters(): q.requires_grad_(n not in about['frozen'])
     return load_weights(model, tensors).eval()
 
