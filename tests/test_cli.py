@@ -1,5 +1,5 @@
 """`xprune study` from its arguments to its last line; what papermill would do is played, but for one slow test."""
-import errno, json, os, re
+import errno, json, os, re, shutil, subprocess, sys
 from collections import Counter
 from dataclasses import asdict
 from importlib.metadata import entry_points
@@ -13,7 +13,9 @@ from PIL import Image
 from xprune_nb import cli, experiments
 from xprune_nb.cli import PRESETS, main, preset
 from xprune_nb.criteria import CRITERIA
+from xprune_nb.data import DATASETS
 from xprune_nb.experiments import ROW_MIME, Run
+from xprune_nb.model import MODELS, baseline, baselines
 from xprune_nb.results import thesis
 
 says = lambda *parts: '.*'.join(map(re.escape, parts))
@@ -104,7 +106,7 @@ def test_a_study_of_failures_draws_nothing(player, capsys):
 def test_folders_jobs_and_threads_are_passed_on(player, tmp_path, monkeypatch):
     asked = {}
     def execute(runs, store, backend, n_jobs, threads): asked.update(runs=runs, store=store, backend=backend, n_jobs=n_jobs, threads=threads); return pd.DataFrame([figures_of(r) for r in runs])
-    monkeypatch.setattr(cli, 'execute', execute); monkeypatch.setattr(cli, 'figures', lambda rows, folder: asked.update(figures=folder) or [])
+    monkeypatch.setattr(experiments, 'execute', execute); monkeypatch.setattr(cli, 'figures', lambda rows, folder: asked.update(figures=folder) or [])
     assert main(['study', '--preset', 'tiny', '--store', 'a/b', '--figures', 'c', '--jobs', '3', '--threads', '2', '--backend', 'dask']) == 0
     assert asked == dict(runs=preset('tiny'), store=Path('a/b'), backend='dask', n_jobs=3, threads=2, figures=Path('c'))
     assert main(['study', '--preset', 'tiny']) == 0
@@ -121,7 +123,7 @@ def test_what_can_not_be_ends_in_one_line(player, tmp_path, capsys, args, messag
     err = [line for line in capsys.readouterr().err.splitlines() if line.startswith('xprune: ')]
     assert len(err) == 1 and message in err[0] and player.runs == []
 
-@pytest.mark.parametrize('args', [[], ['studdy'], ['study', '--jobs', 'two'], ['study', '--prset', 'quick']], ids=str)
+@pytest.mark.parametrize('args', [['studdy'], ['study', '--jobs', 'two'], ['study', '--prset', 'quick']], ids=str)
 def test_arguments_that_are_none_show_the_usage(capsys, args):
     with pytest.raises(SystemExit) as e: main(args)
     assert e.value.code == 2 and 'usage: xprune' in capsys.readouterr().err
@@ -142,6 +144,64 @@ def test_a_full_disk_ends_in_one_line(player, monkeypatch, capsys):
 def test_the_command_is_installed():
     command, = entry_points(group='console_scripts', name='xprune')
     assert command.load() is main
+
+# --- the front door ---
+
+ROOT = Path(__file__).resolve().parent.parent
+
+def sections(text):
+    "What stands under `What there is` and under `What to do next`, by its first word"
+    there, todo = re.split(r'\n\nWhat to do next.*\n', text.partition('\nWhat there is\n')[2])
+    entries = re.findall(r'^  (\w+) +(.*(?:\n {13}.*)*)', there, re.M)
+    return {k: ' '.join(v.split()) for k, v in entries}, dict(re.findall(r'^  (\w+) +(.*)$', todo, re.M))
+
+def test_without_a_word_it_says_what_there_is(capsys):
+    assert main([]) == 0
+    out = capsys.readouterr().out
+    have, todo = sections(out)
+    assert have['criteria'] == ', '.join(CRITERIA) and have['networks'] == ', '.join(MODELS)
+    assert have['presets'] == ', '.join(f'{n} ({len(preset(n))} runs)' for n in PRESETS)
+    assert have['baselines'] == ' '.join(f'{n}: {baseline(n).test_accuracy:.4f} on test' for n in baselines())
+    embedded, others = re.fullmatch(r'(.*) \(in the package\) (.*) \(fetched, or brought by you\)', have['data']).groups()
+    assert [*embedded.split(', '), *others.split(', ')] == list(DATASETS) and embedded == 'cifar10-mini'
+    stems = [p.stem for p in (ROOT/'nbs').rglob('*.ipynb') if not re.search(r'[/\\][._]', str(p.relative_to(ROOT)))]
+    assert Counter(re.findall(r'\b[\w.-]+\b(?!/:)', re.sub(r'\S+/:', '', have['notebooks']))) == Counter(stems)
+    assert list(todo) == ['look', 'study', 'docs'] and todo['study'].startswith('xprune study ')
+    assert len(out.splitlines()) < 40 and max(map(len, out.splitlines())) <= 110
+
+@pytest.mark.parametrize('how', [['-m', 'xprune_nb'], ['-c', 'from xprune_nb.cli import main; main()']], ids=['module', 'command'])
+def test_it_says_so_from_anywhere_and_without_torch(how, tmp_path, capsys):
+    code = ['-X', 'importtime', *how] # what is imported goes to stderr
+    done = subprocess.run([sys.executable, *code], cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(ROOT)}, capture_output=True, text=True)
+    imported = {line.rpartition('|')[2].strip() for line in done.stderr.splitlines()}
+    assert done.returncode == 0 and 'xprune_nb.cli' in imported and not imported & {'torch', 'numpy', 'pandas', 'altair', 'joblib'}
+    main([])
+    body = lambda text: sections(text)
+    assert body(done.stdout) == body(capsys.readouterr().out)
+    assert f'(cd {os.path.relpath(ROOT, tmp_path)})' in done.stdout
+
+def test_python_m_passes_words_on():
+    done = subprocess.run([sys.executable, '-m', 'xprune_nb', 'study', '--preset', 'quik'], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "xprune: no preset called 'quik'; did you mean 'quick'? There are: quick, cpu, thesis\n")
+
+def test_what_is_added_to_a_room_is_there(tmp_path, monkeypatch):
+    shutil.copytree(ROOT/'xprune_nb', tmp_path/'xprune_nb', ignore=shutil.ignore_patterns('*.safetensors', '*.webp', '__pycache__'))
+    monkeypatch.setattr(cli, 'HOME', tmp_path/'xprune_nb')
+    room = tmp_path/'xprune_nb'/'criteria.py'
+    room.write_text(room.read_text().replace('CRITERIA = dict(\n', 'CRITERIA = dict(brand_new=None,\n'))
+    have, _ = sections(cli.there())
+    assert have['criteria'] == ', '.join(['brand_new', *CRITERIA])
+    assert have['notebooks'] == 'in the repository, not in an installed wheel: clone it' # there is no nbs/ beside this one
+
+@pytest.mark.parametrize('source,keys', [
+    ("T = dict(a=1, b=f(2))", ['a', 'b']), ("T = {'a-b': 1, **dict(c=2)}", ['a-b', 'c']), ("T = dict(a=1, **{n: g(n) for n in ('x', 'y')}, z=0)", ['a', 'x', 'y', 'z']),
+    ("T = {}", []), ("U = dict(a=1)", "'room' has no table T"), ("T = dict(OTHER)", '`dict(OTHER)` is no table of names'), ("T = {n: 0 for n in names}", '`{n: 0 for n in names}` is no table')], ids=str)
+def test_names_are_read_off_the_source(tmp_path, monkeypatch, source, keys):
+    monkeypatch.setattr(cli, 'HOME', tmp_path)
+    (tmp_path/'room.py').write_text(f'import nothing_of_that_name\n{source}\n')
+    if isinstance(keys, list): assert cli.names('room', 'T') == keys
+    else:
+        with pytest.raises(ValueError, match=re.escape(keys)): cli.names('room', 'T')
 
 # --- the real thing ---
 

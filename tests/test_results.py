@@ -427,3 +427,14 @@ def test_odd_names_are_refused(tmp_path, name):
 
 def test_a_name_may_have_dots_and_spaces(tmp_path):
     assert [p.name for p in save(chart(noisy(**SMALL)), summary(noisy(**SMALL)), tmp_path, 'ratio 0.5 ü')] == [f'ratio 0.5 ü.{e}' for e in ('svg', 'png', 'csv')]
+
+def test_the_readme_says_what_the_tables_of_coupling_say():
+    "Advantage, agreement, what coupling leaves of it over random and over magnitude: mean and interval, in this order"
+    folder = ROOT/'figures'/'coupling'
+    parts, over, than = (pd.read_csv(folder/f'{n}.csv') for n in ('parts', 'over_random', 'over_magnitude'))
+    line = lambda t, part: t[(t.data == 'embedded images') & (t.criterion == 'conductance') & (t.part == part)].iloc[0]
+    want = [line(parts, 'advantage'), line(parts, 'agreement'), line(over, 'coupled, equal ratio'), line(than, 'coupled, equal ratio')]
+    for text, to in ((ROOT/'README.md').read_text(), 'to'), ((ROOT/'README.pt.md').read_text().replace(',', '.'), 'a'):
+        found = re.findall(rf'(\d\.\d{{3}}) \((\d\.\d{{3}}) {to} (\d\.\d{{3}})\)', text)
+        assert found == [tuple(f'{w[c]:.3f}' for c in ('mean', 'low', 'high')) for w in want]
+    assert {*parts[parts.data == 'embedded images'].n} == {5}
