@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from html import escape
 from pathlib import Path
-from posixpath import dirname, join, normpath
+from posixpath import basename, dirname, join, normpath, relpath
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -258,14 +258,45 @@ def titles(spec:dict) -> list[str]:
     panels = [p for k in ('hconcat', 'vconcat', 'concat') for p in spec.get(k, [])]
     return [title] if title else [t for p in panels for t in titles(p)]
 
-class Page:
+class Linked:
+    "Something whose links lead to files of the repository"
+    def __init__(self, name:str, source:str, site:Path): # its page; its path from the root; Sphinx's source folder
+        self.name, self.source, self.base, self.site = name, source, dirname(source), site
+        self.up, self.texts = '../'*name.count('/'), set() # texts: markdown files that it links to
+
+    def lead(self, m:re.Match) -> str:
+        "A link or a picture, to where the site has it"
+        to, _, anchor = m['to'].partition('#')
+        text = m['text']
+        if OUTSIDE.match(m['to']) or to.startswith('attachment:'): return m[0]
+        if inner := LINK.fullmatch(text): text = self.lead(inner) # a picture that is a link
+        path = normpath(join(self.base, to)) # from the root
+        if path.startswith('nbs/') and path.endswith('.ipynb'):
+            return f'[{text}]({relpath(path[4:], dirname(self.name) or ".")}{"#"*bool(anchor)}{anchor}{m["rest"]})'
+        if (ROOT/path).is_dir(): return text # a folder can't be shown
+        if not (ROOT/path).is_file():
+            raise ValueError(f'{self.source} links to {m["to"]}, which does not exist')
+        if path == 'README.md': return f'[{text}]({self.up}index.ipynb{m["rest"]})' # made from it
+        if path.endswith('.md'):
+            self.texts.add(path)
+            return f'[{text}]({self.up}{basename(path)}{m["rest"]})'
+        return f'{m["image"]}[{text}]({self.copied(path)}{m["rest"]})'
+
+    def copied(self, path:str) -> str: # path from the root -> path from this page
+        "Have a file of the repository copied into the site"
+        to = self.site/'repo'/path
+        to.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT/path, to)
+        return f'{self.up}repo/{path}'
+
+class Page(Linked):
     "A notebook on its way to a page"
     def __init__(self, name:str, path:Path, site:Path): # site: Sphinx's source folder
         from nbdev.processors import FilterDefaults
         from nbdev.process import NBProcessor
         ours = 'FrontmatterProc', 'insert_warning', 'exec_show_docs', 'rm_export', 'add_links', 'add_fold'
-        self.name, self.site, self.charts, self.changed = name, site, 0, False
-        self.up = '../'*name.count('/')
+        super().__init__(name, f'nbs/{name}.ipynb', site)
+        self.charts = 0
         p = NBProcessor(path, procs=[o for o in FilterDefaults().base_procs() if o.__name__ not in ours])
         p.process()
         self.cells = p.nb.cells
@@ -276,28 +307,6 @@ class Page:
         title = re.match(r'# +(.+)', first)
         if not title: raise ValueError(f'nbs/{name}.ipynb has no title: its first cell must begin with "# "')
         self.title = title[1].strip()
-
-    def lead(self, m:re.Match) -> str:
-        "A link or a picture, to where the site has it"
-        to, _, anchor = m['to'].partition('#')
-        text = m['text']
-        if OUTSIDE.match(m['to']) or to.startswith('attachment:'): return m[0]
-        if inner := LINK.fullmatch(text): text = self.lead(inner) # a picture that is a link
-        path = normpath(join('nbs', dirname(self.name), to)) # from the root
-        if path.startswith('nbs/') and path.endswith('.ipynb'):
-            return f'[{text}]({to}{"#"*bool(anchor)}{anchor}{m["rest"]})'
-        if (ROOT/path).is_dir(): return text # a folder can't be shown
-        if not (ROOT/path).is_file():
-            raise ValueError(f'nbs/{self.name}.ipynb links to {m["to"]}, which does not exist')
-        return f'{m["image"]}[{text}]({self.copied(path)}{m["rest"]})'
-
-    def copied(self, path:str) -> str: # path from the root -> path from this page
-        "Have a file of the repository copied into the site"
-        name = f'{path}.txt' if path.endswith('.md') else path # Sphinx would take the link for one to a page of its own
-        to = self.site/'repo'/name
-        to.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT/path, to)
-        return f'{self.up}repo/{name}'
 
     def output(self, o:dict) -> dict|None:
         "What the page shows of an output"
@@ -389,9 +398,12 @@ def home(page:Page, pages:dict[str, Page], order:dict[str, list[str]]) -> None:
     button = lambda to, text, more='': f'[{text}]({to}.ipynb){{.button{more}}}' if to in pages else ''
     start = next((s for s in conf.SECTIONS['Start'] if s in pages), '')
     picture = next((f'figures/{h}' for h in conf.HERO if (ROOT/'figures'/h).exists()), None)
+    alt = page.title
+    if picture and (again := re.search(rf'!\[([^\]]*)\]\([./]*{re.escape(picture)}\)\n*', rest)): # shown once
+        alt, rest = again[1], rest.replace(again[0], '')
     hero = ['::::{container} hero', ':::{container} hero-text', sentence,
             button(start, 'Start in ten minutes', ' .first') + ' ' + button('study', 'The study'), ':::',
-            f'![{page.title}]({page.up}../{picture})' if picture else '', '::::']
+            f'![{alt}]({page.up}../{picture})' if picture else '', '::::']
     first.source = '\n\n'.join([title, *(h for h in hero if h.strip()), rest])
     trees = [f'```{{toctree}}\n:hidden:\n:caption: {caption}\n\n' + '\n'.join(
         f'{label(p, pages)} <{p}>' for p in here) + '\n```' for caption, here in order.items()]
@@ -468,6 +480,10 @@ def build(
             to = site/f'{n}.ipynb'
             to.parent.mkdir(parents=True, exist_ok=True)
             to.write_text(json.dumps(nb), encoding='utf-8')
+        for t in sorted(set().union(*(p.texts for p in pages.values()))): # they link to no other text
+            name = basename(t).removesuffix('.md')
+            text = prose((ROOT/t).read_text(encoding='utf-8'), Linked(name, t, site), lookup)
+            (site/f'{name}.md').write_text(f'---\norphan: true\n---\n{text}', encoding='utf-8')
         (site/'api.md').write_text(api(found, lookup, pages), encoding='utf-8')
         (site/'figures.md').write_text(figures(site), encoding='utf-8')
         made, warnings = Path(tmp)/'html', io.StringIO()

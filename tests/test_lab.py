@@ -1,12 +1,14 @@
 """JupyterLab for real: started on loopback, driven in headless Chromium, everything outside this machine out of reach. XPRUNE_SCREENSHOTS=figures/lab keeps the pictures."""
-import hashlib, os, re, shutil, time
+import hashlib, os, re, shutil
 from pathlib import Path
 
+import nbformat
 import pytest
 
 from browser import ROOT, Notebook, browser, jupyterlab, page, playwright
 
 SECONDS = 300 # no step waits longer than this, on the busiest machine
+KERNEL = dict(name='python3', display_name='python3', language='python')
 MILD = () # parts of the console's errors that JupyterLab is known for, and we are not
 sha = lambda b: hashlib.sha256(b).hexdigest()
 def expect(what):
@@ -24,6 +26,9 @@ def lab(chrome, tmp_path_factory):
     tmp, copy = tmp_path_factory.mktemp('lab'), tmp_path_factory.mktemp('copy')
     for d in ('nbs', 'figures', 'xprune_nb'): shutil.copytree(ROOT/d, copy/d, ignore=shutil.ignore_patterns('.*', '__pycache__', 'lab'))
     shutil.copy(ROOT/'settings.ini', copy)
+    cells = [nbformat.v4.new_code_cell(c) for c in (
+        'from xprune_nb.compare import StudyExplorer', "explorer = StudyExplorer('../figures/cpu/rows.csv')\nexplorer")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=dict(kernelspec=KERNEL)), copy/'nbs'/'compare.ipynb')
     with jupyterlab(copy, tmp) as at: yield at
 
 @pytest.fixture
@@ -67,6 +72,11 @@ def drawn(nb):
             chart.wait_for()
             found[c['source'].splitlines()[-1]] = cell.locator('.vega-embed').count()
     return found
+
+def test_a_page_that_asks_the_world_or_complains_is_caught(chrome):
+    for body, message in (('<img src="http://example.com/x.png">', 'outside this machine'), ('<script>console.error("ours")</script>', 'ours')):
+        with pytest.raises(AssertionError, match=message), page(chrome) as (p, _): p.set_content(body)
+    with page(chrome) as (p, _): p.set_content('<p>quiet</p><img src="data:image/gif;base64,R0lGODlhAQABAAAAACw=">')
 
 # --- one run, the study ---
 
@@ -113,7 +123,7 @@ class Compare:
         for k in keys: self.page.keyboard.up(k)
 
 def test_a_study_is_looked_through(notebook, keep):
-    nb = notebook('nbs/07_compare.ipynb')
+    nb = notebook('nbs/compare.ipynb')
     assert nb.errors() == []
     x = Compare(nb)
     expect(x.dots).to_have_count(24)
@@ -187,6 +197,6 @@ def test_filters_are_looked_at_before_they_are_cut(notebook, keep):
     expect(x.part('filter', 'input')).not_to_have_value(number)
     expect(x.part('maps', 'img')).not_to_have_attribute('alt', alt)
     assert f"filter {x.part('filter', 'input').input_value()} is chosen" in x.part('maps', 'img').get_attribute('alt')
-    keep(x.at, 'explorer')
     x.part('hand-over', 'button').or_(x.at.locator('button.xp-hand-over')).click()
     expect(x.part('status')).to_contain_text('ratio 0.6')
+    keep(x.at, 'explorer')

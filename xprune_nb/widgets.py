@@ -708,6 +708,12 @@ class Picture(anywidget.AnyWidget):
       let url = null;
       img.tabIndex = 0;
       Object.assign(img.style, {display: 'block', maxWidth: '100%', height: 'auto', cursor: 'pointer'});
+      const own = (n) => { // the keys are the focused control's, where JupyterLab would take them for shortcuts
+        const root = el.closest('.xp');
+        if (root) root.addEventListener('focusin', e => e.target.setAttribute('data-lm-suppress-shortcuts', 'true'));
+        else if (n) requestAnimationFrame(() => own(n - 1));
+      };
+      own(600);
       const draw = () => {
         const old = url;
         url = URL.createObjectURL(new Blob([model.get('png')], {type: 'image/png'}));

@@ -1,7 +1,7 @@
 // Each .chart holds a picture and its Vega-Lite specification: draw it, and only then hide the picture.
 // A chart wider than its box is scaled a little, else its panels go below one another, else it scrolls inside the box.
 (async () => {
-  const options = {mode: 'vega-lite', renderer: 'svg', logLevel: 1, // errors only
+  const options = {mode: 'vega-lite', renderer: 'svg',
     actions: {export: {svg: true, png: true}, source: false, compiled: false, editor: false}}
   const below = s => { // panels side by side -> below one another
     const facet = s.facet && s.columns ? s : s.encoding?.facet?.columns ? s.encoding.facet : null
