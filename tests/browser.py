@@ -47,7 +47,8 @@ class Watch:
     def check(self, mild=()):
         "Fail if there was anything; `mild`: parts of messages that are not ours"
         assert self.outside == [], 'the page asked for something outside this machine'
-        assert [e for e in self.errors if not any(m in e for m in mild)] == []
+        ours = [e for e in self.errors if not any(m in e for m in mild)]
+        assert ours == [], f'the page complained: {ours}'
 
 @contextmanager
 def page(browser, width=1280, height=800, mild=(), **kw):

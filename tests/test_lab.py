@@ -80,6 +80,7 @@ def test_a_page_that_asks_the_world_or_complains_is_caught(chrome):
 
 # --- one run, the study ---
 
+@pytest.mark.slow # a minute of a kernel
 def test_one_run_ends_in_its_row_and_its_charts_are_alive(notebook, keep):
     nb = notebook('nbs/run.ipynb')
     cells = nb.cells()
@@ -92,6 +93,7 @@ def test_one_run_ends_in_its_row_and_its_charts_are_alive(notebook, keep):
     expect(shown.locator('.vega-embed')).to_be_visible()
     keep(nb.page, 'run')
 
+@pytest.mark.slow # a minute of a kernel
 def test_the_study_is_read_again_from_its_rows(notebook, keep):
     nb = notebook('nbs/study.ipynb')
     assert nb.errors() == [] and all(c['count'] for c in nb.cells())
