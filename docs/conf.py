@@ -15,7 +15,8 @@ SECTIONS = { # caption in the sidebar -> patterns of pages (notebooks by their p
     'How-to': ['howto/*'],
     'Explanation': ['explain/*'],
     'Reference': ['api', 'glossary', 'figures']}
-SHORT = {'start': 'Ten minutes', 'tutorials/ranking': 'Images, steps, price', 'run': 'One run', 'study': 'The thesis and ours'}
+SHORT = {'start': 'Ten minutes', 'tutorials/ranking': 'Images, steps, price', 'tutorials/coupling': 'Choosing or agreeing',
+         'run': 'One run', 'study': 'The thesis and ours'}
 FOLDED = ['study', 'run', 'tutorials/ranking'] # pages read for what they show: their code waits behind a click
 SLOW = ['tutorials/ranking'] # `--execute` runs these only when they are named: minutes to hours
 HERO = ['lab/explorer.png', 'explorer.png', 'cpu/oneshot.png'] # the home page's picture: the first that is in figures/

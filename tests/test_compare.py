@@ -230,7 +230,8 @@ def test_a_table_shows_text_as_text():
 
 def send(e, name, point):
     "What the browser sends when a point is clicked"
-    value = dict(value={} if point is None else {'point': [point]}, store=[] if point is None else [{'fields': [{'field': 'point', 'type': 'E'}], 'values': [point]}])
+    value = dict(value={}, store=[])
+    if point: value = dict(value=dict(point=[point], vlPoint={'or': [dict(point=point)]}), store=[dict(fields=[dict(field='point', type='E')], values=[point])])
     e.view._vl_selections = {**e.view._vl_selections, name: value}
 
 def shown(out): return out.outputs[0]['data']['text/html'] if out.outputs else ''
