@@ -123,6 +123,7 @@ def groups(
             if not {n.split('[')[0] for n in g} & {*classes}: found.append(g)
     return found
 
+# %% ../nbs/03_pruning.ipynb #c006b
 def _of(table:Mapping[str, Tensor], member:str) -> Tensor:
     "What a table says of a member of a group: a layer, or a run of its channels"
     part = None if member in table else re.fullmatch(r'(.*)\[(\d+):(\d+)\]', member)

@@ -136,6 +136,7 @@ def save(
     about['sha256'] = _digest(tensors, about)
     return write_whole(path, safetensors.torch.save(tensors, {KEY: json.dumps(about)}))
 
+# %% ../nbs/03_shrinking.ipynb #c013b
 def _read(path:str|Path) -> tuple[dict[str, Tensor], dict]:
     "Numbers and description of a saved network"
     name, again = Path(path).name, 'Save it anew'

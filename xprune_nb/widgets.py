@@ -278,6 +278,7 @@ def ranks(
     r[s.detach().cpu().double().argsort(descending=True, stable=True)] = torch.arange(1, len(s)+1)
     return r
 
+# %% ../nbs/07_widgets.ipynb #c013b
 class Workbench(_Seeing):
     "A network, its images, and what is to be known of its filters, worked out once"
     def scores(self, criterion:str) -> dict[str, Tensor]: # conv name -> (O,), larger = keep
@@ -659,6 +660,7 @@ def bars_chart(
 
 def fates(first:str, second:str) -> list[str]: return ['both keep', f'only {first}', f'only {second}', 'neither']
 
+# %% ../nbs/07_widgets.ipynb #c035b
 def disagreement_chart(
     one:Tensor, # (O,) scores of a layer by a criterion
     two:Tensor, # (O,) by another
@@ -758,6 +760,7 @@ class Picture(anywidget.AnyWidget):
             self.png, self.width, self.label = buffer.getvalue(), picture.width, label
             for k, v in more.items(): setattr(self, k, v)
 
+# %% ../nbs/07_widgets.ipynb #c040b
 class LiveChart(alt.JupyterChart):
     "A chart in the browser whose parameters follow Python"
     wanted = {}
