@@ -73,7 +73,8 @@ def test_an_error_is_not_kept():
     assert c.get('k', lambda: b'12') == b'12' and c.bytes == 2
 
 @pytest.mark.parametrize('value, n', [(torch.zeros(5), 20), (torch.zeros(1000)[:5], 4000), (np.zeros(3), 24), (b'1234', 4),
-                                      ({'a': torch.zeros(1)}, 68), ((torch.zeros(1), torch.zeros(1)), 72), (Image.new('RGB', (4, 5)), 60)], ids=str)
+                                      ({'a': torch.zeros(1)}, 68), ((torch.zeros(1), torch.zeros(1)), 72), (Image.new('RGB', (4, 5)), 60)],
+                         ids=['tensor', 'view', 'array', 'bytes', 'dict', 'tuple', 'picture'])
 def test_sizes_count_what_is_kept_alive(value, n): assert size_of(value) == n
 
 def test_a_small_cache_gives_the_same_answers():
