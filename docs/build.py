@@ -521,7 +521,9 @@ def execute(path:Path) -> str: # '' or what went wrong, in one sentence
         if c.cell_type != 'code': continue
         live = lambda o: o.get('name') == 'stderr' or (WIDGET in o.get('data', {}) and 'image/png' not in o.data)
         c.outputs = [o for o in c.outputs if not live(o)]
-        for o in c.outputs: o.get('data', {}).pop(WIDGET, None)
+        for o in c.outputs:
+            o.get('data', {}).pop(WIDGET, None)
+            if 'image/png' in o.get('data', {}): o.data.pop('image/jpeg', None) # a PIL image shows itself as both
     nb.metadata = dict(kernelspec=dict(display_name='python3', language='python', name='python3'))
     path.write_text(nbformat.writes(nb) + '\n', encoding='utf-8')
     subprocess.run([sys.executable, '-c', 'import sys; from nbdev.clean import nbdev_clean; nbdev_clean(sys.argv[1])', path], check=True)
