@@ -29,7 +29,8 @@ def small(dropout=.2, seed=0, bias=False, classes=10):
     return nn.Sequential(*conv(3, 8, 3, 4), nn.ReLU6(inplace=True), *conv(8, 8, 3, 4, groups=8), nn.ReLU6(inplace=True), *conv(8, 12, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(dropout), nn.Linear(12, classes)).eval()
 
 @cache
-def some(train=150, val=40): data = load(); return replace(data, train=data.train.take(torch.arange(train)), val=data.val.take(torch.arange(val)))
+mini = cache(load)
+def some(train=150, val=40): data = mini(); return replace(data, train=data.train.take(torch.arange(train)), val=data.val.take(torch.arange(val)))
 
 # --- the fast paths ---
 
@@ -81,7 +82,7 @@ def test_fast_paths_go_even_after_an_error_and_hooks_still_run():
 
 @pytest.mark.parametrize('batch_size', [1, 7, 500])
 def test_evaluation_is_a_mean_over_images(batch_size):
-    net, data = small().train(), load()
+    net, data = small().train(), mini()
     images = data.test.take(torch.arange(101))
     with torch.no_grad(): out = net.eval()(data.normalise(images.x)).double()
     logits = out.numpy()
@@ -161,7 +162,7 @@ def test_a_silenced_network_learns_what_the_cut_one_learns():
     p = plan({n: torch.rand(c.out_channels, generator=g) for n, c in convs(net).items()}, .5, coupling='coupled', groups=gs)
     little, recipe = cut(net, p), Recipe(epochs=3, batch_size=50, lr=.05)
     loud, quiet = fit(little, some(), recipe, progress=False), fit(net, some(), recipe, plan=p, progress=False)
-    x = load().normalise(load().test.x[:50])
+    x = mini().normalise(mini().test.x[:50])
     with torch.no_grad(): assert_close(net(x), little(x), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(timeless(loud), timeless(quiet), rtol=1e-5)
 
@@ -193,7 +194,8 @@ def test_rates_are_those_of_torchs_schedulers(of, epochs, lr):
 @given(st.integers(1, 300), st.integers(2, 70))
 @settings(max_examples=100, deadline=None)
 def test_steps_are_the_loaders(n, batch):
-    data = load(); assert steps_of(n, batch) == sum(1 for _ in loader(data.train.take(torch.arange(n)), data, batch, seed=0))
+    pixels = Images(torch.zeros(n, 3, 1, 1, dtype=torch.uint8), torch.zeros(n, dtype=torch.int64))
+    assert steps_of(n, batch) == sum(1 for _ in loader(pixels, mini(), batch, seed=0))
 
 # --- a plan that grows ---
 
