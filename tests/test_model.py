@@ -102,6 +102,13 @@ def test_parameters_are_the_networks_own(name):
     assert table.params.sum() == sum(p.numel() for p in net.parameters())
     assert table.filters.to_dict() == {n: convs(net)[n].out_channels if n in convs(net) else 0 for n in table.index}
 
+def test_a_tensor_that_layers_share_is_counted_once():
+    net = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 3, 3, padding=1, bias=False))
+    net[2].weight = net[0].weight
+    table = cost(net, (3, 8, 8))
+    assert table.params.tolist() == [3*3*9 + 3, 0] and table.macs.tolist() == [81*64, 81*64] and table.params.sum() == sum(p.numel() for p in net.parameters())
+
+
 @pytest.mark.parametrize('name', NETS)
 @pytest.mark.parametrize('shape', [(3, 32, 32), (3, 40, 48)])
 def test_macs_are_counted_position_by_position(name, shape):

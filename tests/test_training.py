@@ -28,8 +28,9 @@ def small(dropout=.2, seed=0, bias=False, classes=10):
     conv = lambda i, o, k, s=1, groups=1: [nn.Conv2d(i, o, k, s, k//2, groups=groups, bias=bias), nn.BatchNorm2d(o)]
     return nn.Sequential(*conv(3, 8, 3, 4), nn.ReLU6(inplace=True), *conv(8, 8, 3, 4, groups=8), nn.ReLU6(inplace=True), *conv(8, 12, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(dropout), nn.Linear(12, classes)).eval()
 
-@cache
 mini = cache(load)
+
+@cache
 def some(train=150, val=40): data = mini(); return replace(data, train=data.train.take(torch.arange(train)), val=data.val.take(torch.arange(val)))
 
 # --- the fast paths ---

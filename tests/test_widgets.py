@@ -1,5 +1,5 @@
 """The explorer without a browser: answers against the rooms' own, nothing worked out twice, clicks, files, networks of one's own. The real browser is in test_lab."""
-import asyncio, copy, io, socket
+import asyncio, copy, io, re, socket
 from datetime import datetime
 from itertools import product
 
@@ -16,7 +16,7 @@ from xprune_nb.data import COLOURS, Data, Images, load, sample
 from xprune_nb.model import cost
 from xprune_nb.pruning import cut, groups, plan
 from xprune_nb.training import evaluate, recalibrate
-from xprune_nb.widgets import (Cache, Choice, FilterExplorer, LiveChart, Picture, Workbench, bars_chart, cost_html, disagreement_chart, grid_of, maps_image,
+from xprune_nb.widgets import (PARTS, WHOLE, Cache, Choice, FilterExplorer, LiveChart, Picture, Workbench, bars_chart, cost_html, disagreement_chart, grid_of, maps_image,
                                network_strip, own_images, size_of, strip_of, tiles, top_images)
 
 class Untouchable:
@@ -238,6 +238,14 @@ def test_slow_criteria_are_scored_part_by_part():
     b = bench()
     assert len([*b.scoring('integrated_gradients')]) == 16 and [*b.scoring('integrated_gradients')] == [] and len([*b.scoring('lrp')]) == 1
 
+@pytest.mark.parametrize('criterion', [c for c in CRITERIA if c not in PARTS])
+def test_a_large_network_is_scored_part_by_part(criterion, monkeypatch):
+    "And the mean over the parts is the criterion's own"
+    b, whole = bench(), bench()
+    monkeypatch.setattr(b, 'dense', lambda: dict(macs=100_000_000)) # five images a second
+    assert len([*b.scoring(criterion)]) == (1 if criterion in WHOLE else 4) and len([*whole.scoring(criterion)]) == 1
+    for n, s in whole.scores(criterion).items(): torch.testing.assert_close(b.scores(criterion)[n], s, rtol=1e-4, atol=1e-6*s.abs().max().item())
+
 @pytest.mark.parametrize('wrong, says', [
     (lambda: Workbench(tiny(), own_data()).maps('tailor', None, '0.0'), "no criterion called 'tailor'; did you mean 'taylor'"),
     (lambda: bench().weights('0.1'), "no convolution called '0.1'; did you mean '0.0'"),
@@ -434,6 +442,9 @@ def test_the_plan_is_handed_over(still):
     e.coupling.value = 'coupled'
     e.button.click()
     assert got == [e.plan] and all(k.equal(e.plan[n]) for n, k in e.bench.plan(e.choice).items()) and 'explorer.plan keeps' in e.status.value
+    e.ratio.value = .3
+    assert 'keeps' not in e.status.value # that was another plan
+    e.ratio.value = .5
     next(iter(e.plan.values()))[:] = False
     assert any(next(iter(e.bench.plan(e.choice).values())))  # a copy
     cut(e.bench.model, {**e.bench.plan(e.choice)}, e.bench.shape)
@@ -485,6 +496,36 @@ def test_a_slow_criterion_is_scored_behind_a_bar(still):
         return e, first, shares
     e, first, shares = asyncio.run(slowly())
     assert 'integrated_gradients' in e.caption.value and 'integrated_gradients' not in first and len(shares) >= 6 and not e.wrong
+
+def test_what_is_set_while_a_criterion_is_scored_is_drawn_when_it_is(still):
+    async def impatient():
+        e, said = FilterExplorer(tiny(), own_data(), images=6, search=8), []
+        await e.task
+        e.status.observe(lambda c: said.append(c['new']), 'value')
+        e.criterion.value = 'integrated_gradients'
+        scoring = e.task
+        await asyncio.sleep(0)
+        e.ratio.value, e.layer.value = .8, [*e.bench.layers][2]
+        e.button.click()
+        pictured = 'still scoring by integrated_gradients' in e.status.value and e.wrong, e.plan, e.task is scoring
+        await scoring
+        await e.task
+        return e, pictured, said
+    e, (refused, plan, same), said = asyncio.run(impatient())
+    assert refused and plan is None and same and not e.wrong and e.status.value.endswith('></span>')
+    parts = [m[1] for t in said if (m := re.search(r'integrated_gradients: (\d+)%', t))]
+    assert parts == [f'{100*i/6:.0f}' for i in range(1, 7)] # once, from the start to the end
+    assert e.order == e.bench.scores('integrated_gradients')[e.layer.value].argsort(descending=True, stable=True).tolist()
+    assert int(e.keep.sum()) == round(.2*len(e.keep)) and e.layer.value in e.top.label
+
+def test_an_explorer_that_still_scores_is_shown_without_a_picture(still):
+    async def first():
+        e = FilterExplorer(tiny(), own_data(), criterion='integrated_gradients', images=6, search=8)
+        before = e._repr_mimebundle_()
+        await e.task
+        return before, e._repr_mimebundle_()
+    before, after = asyncio.run(first())
+    assert 'image/png' not in before and 'image/png' in after
 
 def test_leaving_a_slow_criterion_stops_it(still):
     async def leave():

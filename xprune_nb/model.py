@@ -88,13 +88,14 @@ def cost(
     model:nn.Module,
     shape:tuple[int, int, int]=(3, 32, 32), # of one image
 ) -> pd.DataFrame: # index layer; kind, filters, params, macs. Totals: `.sum()`
-    "Parameters and multiply-accumulates of each layer for one image"
-    rows, hooks = {}, []
+    "Parameters and multiply-accumulates of each layer for one image; a tensor that layers share is the first one's"
+    rows, hooks, seen = {}, [], set()
     def count(name):
         def hook(m, inputs, out):
             filters = m.out_channels if isinstance(m, nn.Conv2d) else 0
-            params = sum(p.numel() for p in m.parameters(recurse=False))
-            row = rows.setdefault(name, dict(kind=type(m).__name__, filters=filters, params=params, macs=0))
+            new = [p for p in m.parameters(recurse=False) if p not in seen]
+            seen.update(new)
+            row = rows.setdefault(name, dict(kind=type(m).__name__, filters=filters, params=sum(p.numel() for p in new), macs=0))
             if isinstance(m, (nn.Conv2d, nn.Linear)):
                 row['macs'] += out[0].numel()//m.weight.shape[0] * m.weight.numel()
         return hook
