@@ -16,3 +16,9 @@ def pytest_collection_modifyitems(config, items):
 def seeded():
     "Whatever a test draws without saying how, it draws the same each time, in any order of tests"
     random.seed(0), np.random.seed(0), torch.manual_seed(0)
+
+@pytest.fixture(scope='session')
+def chrome():
+    "One browser for all tests of a process: Playwright has room for no second one"
+    from browser import browser
+    with browser() as b: yield b

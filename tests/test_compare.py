@@ -98,7 +98,13 @@ def test_latency_only_where_it_was_measured():
     assert axes(timed)['latency_cpu'] == ('latency cpu', 'ms a batch', 1) and (points(timed, 'latency_cpu').x == 12.5).all()
     assert 'latency_cpu' not in axes(study_rows(made(latency_cpu=np.nan)))
     half = made(latency=3.); half.loc[half.schedule == 'iterative', 'latency'] = np.nan
-    assert len(points(study_rows(half), 'latency')) == 6
+    half['latency_dense'] = 9.
+    rows = study_rows(half)
+    assert len(points(rows, 'latency')) == 6 and axes(rows)['latency'] == ('latency of the cut network', 'ms a batch of 128', 1) and 'latency_dense' not in axes(rows)
+    e = StudyExplorer(half)
+    assert 'without' not in e.note.value
+    e.x.value = 'latency'
+    assert '18 runs of these without latency of the cut network: not drawn' in e.note.value and 'latency of the cut network, ms a batch of 128' in json.dumps(e.view.spec)
 
 def test_a_share_of_macs_has_no_ratio():
     shares = pd.concat([made(ratios=[0.], macs_left=m) for m in (.3, .6)])

@@ -7,8 +7,6 @@ from urllib.parse import unquote, urldefrag, urljoin
 import nbformat, pytest
 from fastcore.docments import docments
 
-from browser import browser as open_browser # nothing but loopback can be reached (not by routes, which would turn the cache off)
-
 ROOT = Path(__file__).resolve().parent.parent
 FILES = {p.relative_to(ROOT/'nbs').with_suffix('').as_posix(): p for p in sorted((ROOT/'nbs').rglob('*.ipynb'))
          if not re.search(r'[/\\][._]', str(p.relative_to(ROOT)))}
@@ -135,10 +133,6 @@ def test_every_link_and_anchor_leads_somewhere(site):
 # --- in a browser ---
 
 @pytest.fixture(scope='session')
-def browser():
-    with open_browser() as b: yield b
-
-@pytest.fixture(scope='session')
 def address(site):
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *args): pass
@@ -148,12 +142,12 @@ def address(site):
         server.shutdown()
 
 @pytest.fixture(scope='session')
-def visit(browser, address):
+def visit(chrome, address):
     "A page at a width, with what went wrong on it"
     contexts = {}
     def go(path, width=1280, **how):
         key = width, *sorted(how.items())
-        if key not in contexts: contexts[key] = browser.new_context(viewport=dict(width=width, height=900), **how)
+        if key not in contexts: contexts[key] = chrome.new_context(viewport=dict(width=width, height=900), **how)
         page, wrong = contexts[key].new_page(), []
         page.set_default_timeout(120_000) # a busy machine
         here = address, 'data:', 'blob:'

@@ -3,22 +3,21 @@ import hashlib, os, re, shutil
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 
-from browser import ROOT, Notebook, browser, jupyterlab, page, playwright
+from browser import ROOT, Notebook, jupyterlab, page, playwright
 
 SECONDS = 300 # no step waits longer than this, on the busiest machine
 KERNEL = dict(name='python3', display_name='python3', language='python')
 MILD = () # parts of the console's errors that JupyterLab is known for, and we are not
+ROWS = pd.read_csv(ROOT/'figures'/'cpu'/'rows.csv')
+PAGE, = ROWS.query("criterion == 'conductance' and schedule == 'oneshot' and ratio == .9").run_id
 sha = lambda b: hashlib.sha256(b).hexdigest()
 def expect(what):
     "Playwright's expectation, which waits until it holds"
     playwright().expect.set_options(timeout=60_000)
     return playwright().expect(what)
-
-@pytest.fixture(scope='module')
-def chrome():
-    with browser() as b: yield b
 
 @pytest.fixture(scope='module')
 def lab(chrome, tmp_path_factory):
@@ -27,7 +26,10 @@ def lab(chrome, tmp_path_factory):
     for d in ('nbs', 'figures', 'xprune_nb'): shutil.copytree(ROOT/d, copy/d, ignore=shutil.ignore_patterns('.*', '__pycache__', 'lab'))
     shutil.copy(ROOT/'settings.ini', copy)
     cells = [nbformat.v4.new_code_cell(c) for c in (
-        'from xprune_nb.compare import StudyExplorer', "explorer = StudyExplorer('../figures/cpu/rows.csv')\nexplorer")]
+        'from xprune_nb.compare import StudyExplorer', "explorer = StudyExplorer('../figures/cpu/rows.csv', store='a store')\nexplorer")]
+    (copy/'nbs'/'a store').mkdir() # with the page of one run
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell('This is what was run.')], metadata=dict(kernelspec=KERNEL)),
+                   copy/'nbs'/'a store'/f'{PAGE}.ipynb')
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=dict(kernelspec=KERNEL)), copy/'nbs'/'compare.ipynb')
     with jupyterlab(copy, tmp) as at: yield at
 
@@ -149,6 +151,14 @@ def test_a_study_is_looked_through(notebook, keep):
     x.at.locator('.xs-x select').select_option('MACs an image')
     expect(x.at.locator('.xs-chart')).to_contain_text('MACs an image, millions')
     expect(x.text('runs-a').locator('caption')).to_have_text('A: conductance, oneshot, ratio 0.9') # A stays
+    link = x.text('runs-a').locator('a')
+    expect(link).to_have_count(1)
+    link.click() # the page of the run, in a tab of its own
+    nb.page.wait_for_function('jupyterapp.shell.currentWidget?.context?.path.endsWith(".ipynb") && !jupyterapp.shell.currentWidget.context.path.endsWith("compare.ipynb")')
+    assert nb.page.evaluate('jupyterapp.shell.currentWidget.context.path') == f'nbs/a store/{PAGE}.ipynb'
+    expect(nb.page.locator('.jp-Notebook').filter(has_text='This is what was run.')).to_be_visible()
+    nb.page.evaluate("async path => { await jupyterapp.commands.execute('docmanager:open', {path}) }", 'nbs/compare.ipynb') # back
+    nb.show('explorer = StudyExplorer')
     for box in x.at.locator('.xs-criteria input').all(): box.uncheck()
     expect(x.at.locator('.xs-chart')).to_contain_text('nothing is chosen of criteria')
     expect(x.text('runs-a').locator('table')).to_have_count(0)

@@ -80,6 +80,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/xprune_nb', 'doc_host': ''
                                    'xprune_nb.compare._Drawn.chosen': ('compare.html#_drawn.chosen', 'xprune_nb/compare.py'),
                                    'xprune_nb.compare._Keys': ('compare.html#_keys', 'xprune_nb/compare.py'),
                                    'xprune_nb.compare._across': ('compare.html#_across', 'xprune_nb/compare.py'),
+                                   'xprune_nb.compare._compared': ('compare.html#_compared', 'xprune_nb/compare.py'),
                                    'xprune_nb.compare._kept': ('compare.html#_kept', 'xprune_nb/compare.py'),
                                    'xprune_nb.compare._lines': ('compare.html#_lines', 'xprune_nb/compare.py'),
                                    'xprune_nb.compare._raw': ('compare.html#_raw', 'xprune_nb/compare.py'),

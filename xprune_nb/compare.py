@@ -21,7 +21,7 @@ import pandas as pd
 from scipy import stats
 
 from .data import charts, one_of
-from .experiments import LATER, USUAL, rows as rows_of
+from .experiments import LATER, TIMED, USUAL, rows as rows_of
 from .results import (
     BY, LABELS, RUN, SETS, SHAPES, _about, _levels, _looks, _order, _rules, _spread, _top, read, summary, tidy)
 
@@ -82,13 +82,15 @@ def choose(
 AXES = dict( # column -> (name, unit, divided by)
     ratio=('ratio of filters pruned', '', 1), macs=('MACs an image', 'millions', 1e6),
     params=('parameters', 'millions', 1e6), macs_live=('MACs an image, what is alive', 'millions', 1e6),
-    params_live=('parameters, what is alive', 'millions', 1e6), macs_spent=('MACs spent on the way', 'billions', 1e9))
+    params_live=('parameters, what is alive', 'millions', 1e6), macs_spent=('MACs spent on the way', 'billions', 1e9),
+    latency=('latency of the cut network', f'ms a batch of {TIMED}', 1))
 
 def axes(
     rows:pd.DataFrame,
-) -> dict[str, tuple]: # column -> (name, unit, divided by); latency: columns latency, latency_...; milliseconds a batch
+) -> dict[str, tuple]: # column -> (name, unit, divided by); latency_...: a column of your own, milliseconds a batch
     "What accuracy can be drawn against: what these rows have"
-    timed = {c: (str(c).replace('_', ' '), 'ms a batch', 1) for c in rows if str(c).split('_')[0] == 'latency'}
+    own = [c for c in rows if str(c).startswith('latency_') and c != 'latency_dense']
+    timed = {c: (c.replace('_', ' '), 'ms a batch', 1) for c in own}
     there = {c: t for c, t in (AXES | timed).items() if c in rows and rows[c].notna().any()}
     if 'macs_left' in rows and (rows.macs_left < 1).all(): there.pop('ratio', None) # it is 0 where MACs decide
     return there
@@ -163,19 +165,8 @@ def _rings(base:alt.Chart) -> list[alt.Chart]:
     return out
 
 # %% ../nbs/07_compare.ipynb #c017
-def comparison(
-    rows:pd.DataFrame, # from `study_rows`
-    x:str='ratio', # one of `axes(rows)`
-    y:str='accuracy', # a key of `results.LABELS`
-    level:float=0.95, # of the interval
-    a:str='', # a point that gets a ring
-    b:str='', # another one
-    names:Sequence[str]|None=None, # criteria that share out the colours; None: those that are drawn
-    width:int=520, # pixels
-    height:int=300, # pixels
-) -> alt.LayerChart: # selections `click` and `shift_click` hold the point that was clicked last
-    "Accuracy against a ratio or a cost, with intervals over the seeds: a colour a criterion, a dash a setting"
-    s = points(rows, x, y, level)
+def _compared(s:pd.DataFrame, rows:pd.DataFrame, x:str, y:str, level:float, a:str, b:str, names, width:int, height:int) -> alt.LayerChart:
+    "The chart of points that are worked out"
     drawn, lines = list(dict.fromkeys(s.criterion)), [line for line in _lines(rows) if line in set(s.line)]
     looks, levels = _kept(_looks(names or drawn), drawn), _rulers(rows, y)
     top = max(_top([s], levels), min(1, np.ceil(20*s.high.max())/20) if s.high.notna().any() else 0)
@@ -212,6 +203,20 @@ def comparison(
                             subtitle=[settings[0], settings[1] + _spread_said(s.n, level)])
     return alt.layer(*_rules(levels, x != 'ratio'), *bars, path, *dots, *_rings(base), over).add_params(
         alt.param(name='a', value=a), alt.param(name='b', value=b)).properties(width=width, height=height, title=title)
+
+def comparison(
+    rows:pd.DataFrame, # from `study_rows`
+    x:str='ratio', # one of `axes(rows)`
+    y:str='accuracy', # a key of `results.LABELS`
+    level:float=0.95, # of the interval
+    a:str='', # a point that gets a ring
+    b:str='', # another one
+    names:Sequence[str]|None=None, # criteria that share out the colours; None: those that are drawn
+    width:int=520, # pixels
+    height:int=300, # pixels
+) -> alt.LayerChart: # selections `click` and `shift_click` hold the point that was clicked last
+    "Accuracy against a ratio or a cost, with intervals over the seeds: a colour a criterion, a dash a setting"
+    return _compared(points(rows, x, y, level), rows, x, y, level, a, b, names, width, height)
 
 # %% ../nbs/07_compare.ipynb #c021
 def runs_at(
@@ -265,7 +270,7 @@ def difference(
 SHOWN = dict( # column of a row -> (heading, how it is written); accuracies on the test images
     seed=('seed', '{}'), accuracy_pruned=('pruned', '{:.3f}'), accuracy_recalibrated=('recalibrated', '{:.3f}'),
     accuracy=('retrained', '{:.3f}'), params=('parameters', '{:,.0f}'), macs=('MACs', '{:,.0f}'),
-    seconds=('minutes', '{:.1f}'))
+    latency=(f'ms for {TIMED} images', '{:.0f}'), seconds=('minutes', '{:.1f}'))
 
 def notebooks(
     runs:pd.DataFrame, # rows with a run_id
@@ -405,8 +410,8 @@ class _Drawn(_Controls):
             menu.options = [('none', ''), *((f'{p.point}: {p.mean:.3f}', p.point) for p in there.itertuples())]
             menu.value = kept
         self._quiet = False
-        chart = comparison(self.chosen(), self.x.value, self.y.value, self.level, self.a.value, self.b.value,
-                           list(dict.fromkeys(self.rows.criterion)), **self.size) if names else self._empty(why)
+        chart = _compared(there, self.chosen(), self.x.value, self.y.value, self.level, self.a.value, self.b.value,
+                          list(dict.fromkeys(self.rows.criterion)), **self.size) if names else self._empty(why)
         with alt.theme.enable('xprune'): self.view.chart = chart
         for name in ('click', 'shift_click') if names else (): self.view.selections.observe(self._clicked, name)
         self._notes(there)
@@ -415,11 +420,13 @@ class _Drawn(_Controls):
     def _notes(self, there:pd.DataFrame) -> None:
         "What is drawn, and what isn't, and why"
         count = lambda n, what: f"{n} {what}{'s' if n != 1 else ''}"
-        timed = any(str(c).split('_')[0] == 'latency' for c in axes(self.rows))
+        timed = any(c.startswith('latency') for c in axes(self.rows))
+        without = int(self.chosen()[self.x.value].isna().sum())
         shared = self.x.value == 'ratio' and (self.chosen().macs_left < 1).any()
         said = {f"{count(len(self.chosen()), 'run')} of {len(self.rows)}, {count(len(there), 'point')}": True,
                 f"{count(self.undone, 'run')} not done": self.undone,
                 'no latency: these runs did not measure it': not timed,
+                f"{count(without, 'run')} of these without {axes(self.rows)[self.x.value][0]}: not drawn": without,
                 'one run a point: no intervals': len(there) and there.n.max() < 2,
                 'runs given a share of MACs have no ratio: draw against MACs': shared}
         lines = '<br>'.join(html.escape(s) for s, so in said.items() if so)
