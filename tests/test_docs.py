@@ -152,8 +152,7 @@ def visit(chrome, address):
         page.set_default_timeout(120_000) # a busy machine
         here = address, 'data:', 'blob:'
         page.on('request', lambda r: None if r.url.startswith(here) else wrong.append(f'asked for {r.url}'))
-        advice = lambda m: m.type == 'warning' and m.text.startswith('WARN ') # Vega-Lite's, to a chart's author
-        page.on('console', lambda m: wrong.append(f'console: {m.text}') if m.type in ('error', 'warning') and not advice(m) else None)
+        page.on('console', lambda m: wrong.append(f'console: {m.text}') if m.type in ('error', 'warning') else None) # Vega's advice, too
         page.on('pageerror', lambda e: wrong.append(f'error: {e}'))
         page.on('response', lambda r: wrong.append(f'{r.status} {r.url}') if r.status >= 400 else None)
         page.goto(address + path, wait_until='load')

@@ -601,6 +601,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/xprune_nb', 'doc_host': ''
                                    'xprune_nb.widgets._photo': ('widgets.html#_photo', 'xprune_nb/widgets.py'),
                                    'xprune_nb.widgets._rgb': ('widgets.html#_rgb', 'xprune_nb/widgets.py'),
                                    'xprune_nb.widgets._titled': ('widgets.html#_titled', 'xprune_nb/widgets.py'),
+                                   'xprune_nb.widgets._write': ('widgets.html#_write', 'xprune_nb/widgets.py'),
+                                   'xprune_nb.widgets._written': ('widgets.html#_written', 'xprune_nb/widgets.py'),
                                    'xprune_nb.widgets.bars_chart': ('widgets.html#bars_chart', 'xprune_nb/widgets.py'),
                                    'xprune_nb.widgets.captioned': ('widgets.html#captioned', 'xprune_nb/widgets.py'),
                                    'xprune_nb.widgets.colour_of': ('widgets.html#colour_of', 'xprune_nb/widgets.py'),

@@ -143,7 +143,7 @@ def _across(s:pd.DataFrame, x:str) -> tuple[pd.Series, alt.X]:
     "Where points stand, and the axis: at a ratio, lines stand a little beside one another"
     if x != 'ratio':
         words = ', '.join(axes(pd.DataFrame({x: [0]}))[x][:2])
-        scale = alt.Scale(type='log' if s.x.min() > 0 else 'linear', nice=False, padding=24)
+        scale = alt.Scale(type='log' if s.x.min() > 0 else 'linear', domain=[s.x.min(), s.x.max()], nice=False, padding=24)
         return s.x, alt.X('at:Q', title=words, axis=alt.Axis(format='~g', grid=False, tickCount=6), scale=scale)
     ratios, lanes = sorted(s.ratio.unique()), list(dict.fromkeys(zip(s.criterion, s.line))) # in the order of the table
     wide = ratios[-1] - ratios[0] or 0.4

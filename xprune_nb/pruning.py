@@ -1040,7 +1040,7 @@ def plan_chart(
             for i, (n, k) in enumerate(plan.items(), 1) for stays in (True, False)]
     return alt.Chart(pd.DataFrame(rows), width=640, height=140, title=title).mark_bar().encode(
         _by_convolution(plan), alt.Y('filters:Q', title='filters'), _by_fate('#0072B2', '#d9d9d9'),
-        alt.Order('what:N'), tooltip=['layer', 'what', 'filters'])
+        alt.Order('what:O'), tooltip=['layer', 'what', 'filters'])
 
 # %% ../nbs/03_pruning.ipynb #c078
 def scores_chart(

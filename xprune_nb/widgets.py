@@ -15,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -391,7 +392,20 @@ UNITS = dict(
 
 def colour_of(criterion:str) -> str: return COLOURS.get(criterion, OTHER)
 def _rgb(colour:str) -> tuple[int, ...]: return tuple(int(colour[i:i+2], 16) for i in (1, 3, 5))
+@cache
 def _font(size:int=12): return ImageFont.load_default(size)
+
+@lru_cache(4096)
+def _written(text:str, size:int, anchor:str) -> tuple[Image.Image, int, int]: # a mask, and where it lies from the anchor
+    left, top, right, bottom = (round(v) for v in _font(size).getbbox(text, anchor=anchor))
+    mask = Image.new('L', (max(1, right-left), max(1, bottom-top)))
+    ImageDraw.Draw(mask).text((-left, -top), text, 255, _font(size), anchor=anchor)
+    return mask, left, top
+
+def _write(picture:Image.Image, x:float, y:float, text:str, ink:str=INK, size:int=13, anchor:str='la') -> None:
+    "Text in a picture: the same words are drawn once and laid down often"
+    mask, left, top = _written(text, size, anchor)
+    picture.paste(ink, (round(x)+left, round(y)+top), mask)
 
 class Grid(NamedTuple):
     "Where tiles lie in a picture"
@@ -472,7 +486,7 @@ def lay_out(
     if under > 12:
         for place, f in enumerate(order):
             x, y = grid.corner(place)
-            draw.text((x + w/2, y + h + 6), str(f), INK if stays[place] else '#777777', _font(12), anchor='mt')
+            _write(picture, x + w/2, y + h + 6, str(f), INK if stays[place] else '#777777', 12, 'mt')
     for place in np.flatnonzero(np.isin(order, list(marked))):
         x, y = grid.corner(int(place))
         for i in range(2): draw.rectangle((max(0, x-1+i), max(0, y-1+i), x+w-i, y+h-i), outline='black')
@@ -543,8 +557,8 @@ def network_strip(
         full[at.top:at.top+height, a:max(a+1, b-2)] = colour[:, None].round()
     picture = Image.fromarray(full)
     draw, low = ImageDraw.Draw(picture), at.top + height
-    draw.text((0, 0), title or f'{criterion}: every filter, the best on top; grey goes', INK, _font(14))
-    for y, word, anchor in ((at.top, 'best', 'rt'), (low, 'least', 'rb')): draw.text((at.left-4, y), word, INK, _font(13), anchor=anchor)
+    _write(picture, 0, 0, title or f'{criterion}: every filter, the best on top; grey goes', size=14)
+    for y, word, anchor in ((at.top, 'best', 'rt'), (low, 'least', 'rb')): _write(picture, at.left-4, y, word, anchor=anchor)
     every = max(1, math.ceil(26/at.column))
     for i, n in enumerate(names):
         a, b = (round(at.left + at.column*j) for j in (i, i+1))
@@ -552,8 +566,8 @@ def network_strip(
             for j in range(2): draw.rectangle((a-2+j, at.top-2+j, b-j, low+1-j), outline='black')
             draw.polygon([((a+b)/2-6, low+9), ((a+b)/2+4, low+9), ((a+b)/2-1, low+3)], fill='black')
         if n in coupled: draw.ellipse(((a+b)/2-5, low+3, (a+b)/2+2, low+10), fill='black')
-        if i % every == 0: draw.text(((a+b)/2-1, low+12), str(i+1), INK, _font(13), anchor='mt')
-    draw.text((at.left, low+27), 'convolution, in the order of the network', INK, _font(13))
+        if i % every == 0: _write(picture, (a+b)/2-1, low+12, str(i+1), anchor='mt')
+    _write(picture, at.left, low+27, 'convolution, in the order of the network')
     return picture
 
 # %% ../nbs/07_widgets.ipynb #c030
@@ -571,11 +585,10 @@ def captioned(
     lines = max(c.count('\n') + 1 for c in captions)
     width = max(len(parts)*(size+gap)-gap, math.ceil(_font(13).getlength(title)))
     out = Image.new('RGB', (width, head + tall + 4 + 14*lines), 'white')
-    draw = ImageDraw.Draw(out)
-    if title: draw.text((0, 0), title, INK, _font(13))
+    if title: _write(out, 0, 0, title)
     for i, (p, c) in enumerate(zip(parts, captions)):
         out.paste(p, (i*(size+gap), head))
-        for j, line in enumerate(c.split('\n')): draw.text((i*(size+gap) + size/2, head + tall + 4 + 14*j), line, INK, _font(12), anchor='mt')
+        for j, line in enumerate(c.split('\n')): _write(out, i*(size+gap) + size/2, head + tall + 4 + 14*j, line, size=12, anchor='mt')
     return out
 
 def _photo(x:Tensor, width:int) -> Image.Image: # (3,H,W) uint8
