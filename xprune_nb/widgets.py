@@ -281,8 +281,13 @@ def ranks(
     return r
 
 # %% ../nbs/07_widgets.ipynb #c013b
-class Workbench(_Seeing):
-    "A network, its images, and what is to be known of its filters, worked out once"
+class _Scoring(_Seeing):
+    "What criteria give each filter, and the plans made from it"
+    def dense(self) -> dict[str, int]: # params, macs
+        "What the whole network costs"
+        if not hasattr(self, '_dense'): self._dense = {k: int(v) for k, v in cost(self.model, self.shape)[['params', 'macs']].sum().items()}
+        return self._dense
+
     def scores(self, criterion:str) -> dict[str, Tensor]: # conv name -> (O,), larger = keep
         "What a criterion gives each filter"
         for _ in self.scoring(criterion): pass
@@ -322,11 +327,9 @@ class Workbench(_Seeing):
                                 self.groups() if choice.coupling == 'coupled' else None)
         return self.cache.get(('plan', choice), make)
 
-    def dense(self) -> dict[str, int]: # params, macs
-        "What the whole network costs"
-        if not hasattr(self, '_dense'): self._dense = {k: int(v) for k, v in cost(self.model, self.shape)[['params', 'macs']].sum().items()}
-        return self._dense
-
+# %% ../nbs/07_widgets.ipynb #c013c
+class Workbench(_Scoring):
+    "A network, its images, and what is to be known of its filters, worked out once"
     def cost(self, choice:Choice) -> dict[str, int]: # params, macs
         "What the cut network would cost, without cutting it (`ValueError` for a network without a graph)"
         if not hasattr(self, '_costing'): self._costing = costing(self.model, self.shape) # the graph, once
@@ -876,8 +879,8 @@ class _Controls(ipywidgets.VBox):
         self.add_class('xp')
 
 # %% ../nbs/07_widgets.ipynb #c044
-class _Drawing(_Controls):
-    "What is drawn when something is set"
+class _Saying(_Controls):
+    "What is set, and what is said of it"
     @property
     def choice(self) -> Choice:
         "What decides the plan, as it is set"
@@ -914,6 +917,9 @@ class _Drawing(_Controls):
         if self.source.value == 'file': self._look()
         else: self.source.value = 'file'
 
+# %% ../nbs/07_widgets.ipynb #c044b
+class _Drawing(_Saying):
+    "What is drawn when something is set"
     def _look(self):
         "Another image, class or file"
         b, source, c = self.bench, self.source.value, self.which.value
@@ -1021,8 +1027,8 @@ class _Closer(_Drawing):
         self._tell()
 
 # %% ../nbs/07_widgets.ipynb #c046
-class _Answering(_Closer):
-    "Clicks, keys, and what is worked out in between"
+class _Clicked(_Closer):
+    "Clicks and keys"
     def _next_filter(self, step):
         place = self.order.index(self.filter.value) + step
         if 0 <= place < len(self.order): self.filter.value = self.order[place]
@@ -1058,7 +1064,9 @@ class _Answering(_Closer):
                 if some: self.say(f'{len(some)} filters chosen: ' + ', '.join(map(str, some[:24])) + (' …' if len(some) > 24 else ''))
         if picked and (f := int(picked[-1]['filter'])) < len(self.order) and f != self.filter.value: self.filter.value = f
 
-    # cost and accuracy
+# %% ../nbs/07_widgets.ipynb #c046b
+class _Answering(_Clicked):
+    "What is worked out while others have their turn"
     def _show_cost(self, **now):
         b, c = self.bench, self.choice
         def known(key): return b.cache.get(key, lambda: None) if key in b.cache else None
