@@ -1,5 +1,5 @@
 """The sets' way to the disk, by small archives and trees in the real formats; splits, order, crops and numbers against numpy, Pillow and torchvision."""
-import base64, errno, hashlib, http.server, io, json, os, re, shutil, tarfile, threading
+import base64, errno, hashlib, http.server, io, json, os, re, shutil, subprocess, sys, tarfile, threading
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -600,3 +600,12 @@ def test_one_of_passes_what_is_there_and_names_it_all(table, value):
     else:
         with pytest.raises(ValueError) as e: one_of(value, table, 'thing')
         assert str(e.value).startswith(f"no thing called '{value}'") and str(e.value).endswith(', '.join(table))
+
+@pytest.mark.parametrize('yours,then', [(None, 'PASSIVE'), ('ACTIVE', 'ACTIVE')])
+def test_threads_that_wait_sleep_unless_you_say_otherwise(yours, then):
+    "Read when torch is imported, so it has to be there before"
+    env = {k: v for k, v in os.environ.items() if k != 'OMP_WAIT_POLICY'} | ({'OMP_WAIT_POLICY': yours} if yours else {})
+    code = "import os, sys, xprune_nb.data; assert 'torch' in sys.modules; print(os.environ['OMP_WAIT_POLICY'])"
+    assert subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True, cwd=Path(__file__).parent.parent).stdout.strip() == then
+    source = (Path(__file__).parent.parent/'xprune_nb'/'data.py').read_text()
+    assert source.index('OMP_WAIT_POLICY') < source.index('import torch')

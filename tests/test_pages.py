@@ -49,7 +49,7 @@ def test_a_page_checks_what_it_says(path):
 @each_page
 def test_a_page_exports_nothing(path): assert not any(re.search(r'^#\| *(export|default_exp)', c, re.M) for c in cells(path, 'code'))
 
-@each_page
+@pytest.mark.parametrize('path', [o for o in EVERY if o.stem != 'index'], ids=name)
 def test_a_page_shows_what_it_worked_out(path):
     "The stored outputs are there: a page is read on the web, too, where nothing runs"
     nb = json.loads(path.read_text(encoding='utf-8'))

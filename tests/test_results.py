@@ -430,11 +430,11 @@ def test_a_name_may_have_dots_and_spaces(tmp_path):
     assert [p.name for p in save(chart(noisy(**SMALL)), summary(noisy(**SMALL)), tmp_path, 'ratio 0.5 ü')] == [f'ratio 0.5 ü.{e}' for e in ('svg', 'png', 'csv')]
 
 def test_the_readme_says_what_the_tables_of_coupling_say():
-    "Advantage, agreement, what coupling leaves of it over random and over magnitude: mean and interval, in this order"
+    "Advantage, agreement, what coupling leaves of it over random and over magnitude, LRP over conductance: mean and interval, in this order"
     folder = Path(__file__).resolve().parent.parent/'figures'/'coupling'
-    parts, over, than = (pd.read_csv(folder/f'{n}.csv') for n in ('parts', 'over_random', 'over_magnitude'))
-    line = lambda t, part: t[(t.data == 'embedded images') & (t.criterion == 'conductance') & (t.part == part)].iloc[0]
-    want = [line(parts, 'advantage'), line(parts, 'agreement'), line(over, 'coupled, equal ratio'), line(than, 'coupled, equal ratio')]
+    parts, over, than, lrp = (pd.read_csv(folder/f'{n}.csv') for n in ('parts', 'over_random', 'over_magnitude', 'over_conductance'))
+    line = lambda t, part, c='conductance': t[(t.data == 'embedded images') & (t.criterion == c) & (t.part == part)].iloc[0]
+    want = [line(parts, 'advantage'), line(parts, 'agreement'), line(over, 'coupled, equal ratio'), line(than, 'coupled, equal ratio'), line(lrp, 'coupled, equal ratio', 'lrp')]
     for text, to in ((folder.parents[1]/'README.md').read_text(), 'to'), ((folder.parents[1]/'README.pt.md').read_text().replace(',', '.'), 'a'):
         found = re.findall(rf'(\d\.\d{{3}}) \((\d\.\d{{3}}) {to} (\d\.\d{{3}})\)', text)
         assert found == [tuple(f'{w[c]:.3f}' for c in ('mean', 'low', 'high')) for w in want]

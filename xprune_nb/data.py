@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE') # before torch: threads that wait for others sleep, see below
+
 import altair as alt
 import numpy as np
 import torch
