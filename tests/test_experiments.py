@@ -486,6 +486,14 @@ def test_rows_written_before_there_was_a_choice(tmp_path):
     (tmp_path/f'{RUNS[0].id}.json').write_text(json.dumps({k: v for k, v in r.items() if k not in room.LATER}))
     assert rows(tmp_path)[FIELDS].to_dict('records') == [asdict(RUNS[0])] and play(RUNS[:1], tmp_path).run_id.tolist() == [RUNS[0].id]
 
+def test_a_backend_that_gives_all_results_at_the_end(tmp_path, monkeypatch):
+    "Such as Ray's"
+    class AtTheEnd(joblib.parallel.ThreadingBackend): supports_return_generator = False
+    joblib.register_parallel_backend('at the end', AtTheEnd)
+    (tmp_path/'run.ipynb').write_text('{}'); monkeypatch.setenv('XPRUNE_NBS', str(tmp_path))
+    with pytest.raises(ValueError, match='does not support return_as'), joblib.parallel_config('at the end'): joblib.Parallel(return_as='generator_unordered')
+    assert execute(RUNS[:2], tmp_path/'store', n_jobs=2, backend='at the end', progress=False).status.tolist() == ['failed']*2
+
 def test_row_of_takes_the_last_and_wants_one():
     nb = page(dict(run_id='a')); nb.cells += page(dict(run_id='b')).cells
     assert row_of(nb)['run_id'] == 'b'

@@ -493,7 +493,9 @@ def execute(
     try:
         with bar, joblib.parallel_config(backend=backend, n_jobs=n_jobs or joblib.cpu_count()):
             carry = joblib.delayed(execute_one)
-            for r in joblib.Parallel(return_as='generator_unordered')(carry(r, store, threads) for r in todo):
+            try: parallel = joblib.Parallel(return_as='generator_unordered')
+            except ValueError: parallel = joblib.Parallel() # Ray's gives all results at the end
+            for r in parallel(carry(r, store, threads) for r in todo):
                 result = f"{r['accuracy']:.3f}" if r['status'] == 'done' else 'failed'
                 bar.set_postfix_str(f"{r['run_id'].rsplit('-', 1)[0]}: {result}"); bar.update()
     finally: # ours; idle, it would keep the caller from ending
