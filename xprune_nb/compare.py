@@ -288,8 +288,9 @@ def run_table(
     "What was measured in each run: test accuracy at three moments, size, time, and where its page is"
     there = {c: how for c, how in SHOWN.items() if c in runs and runs[c].notna().any()}
     value = lambda c, v: '–' if pd.isna(v) else there[c][1].format(v/60 if c == 'seconds' else v)
-    table = {h: [value(c, v) for v in runs[c]] for c, (h, _) in there.items()}
-    return pd.DataFrame(table | dict(notebook=notebooks(runs, store)))
+    table = pd.DataFrame({h: [value(c, v) for v in runs[c]] for c, (h, _) in there.items()})
+    table.insert(min(1, table.shape[1]), 'notebook', notebooks(runs, store)) # behind the seed: never out of sight
+    return table
 
 def as_html(
     table:pd.DataFrame, # text; paths in a column `notebook` become links
@@ -325,7 +326,7 @@ STYLE = """<style>.xs .widget-checkbox, .xs .widget-label-basic {width:auto; hei
 .xs .widget-checkbox label, .xs .widget-label-basic {display:flex; align-items:center; gap:5px; line-height:22px}
 .xs .widget-checkbox input[type=checkbox] {margin:0; position:static} .xs-head {font-weight:600; line-height:22px}
 .xs table caption {text-align:left; caption-side:top; padding:2px 0; font-weight:600} .xs table {margin:2px 0}
-.xs th, .xs td {font-size:12px !important; padding:3px 8px !important}
+.xs th, .xs td {font-size:12px !important; padding:3px 4px !important} .xs-runs-a, .xs-runs-b {overflow-x:auto}
 .xs .jp-OutputArea-output, .xs .jp-OutputArea-child {padding:0; overflow:visible}</style>"""
 
 class _Keys(anywidget.AnyWidget):

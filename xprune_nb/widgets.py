@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['EVIDENCE', 'WEIGHTS', 'PARTS', 'WHOLE', 'GONE', 'INK', 'LINE', 'FOR', 'AGAINST', 'OTHER', 'UNITS', 'size_of', 'Cache',
-           'Choice', 'View', 'Maps', 'own_images', 'Looking', 'ranks', 'Workbench', 'colour_of', 'Grid', 'grid_of',
-           'tiles', 'lay_out', 'maps_image', 'Strip', 'strip_of', 'network_strip', 'captioned', 'stacked', 'top_images',
-           'filter_maps', 'bars_chart', 'fates', 'disagreement_chart', 'Picture', 'LiveChart', 'cost_html',
-           'FilterExplorer']
+           'Choice', 'View', 'Maps', 'own_images', 'Looking', 'Seeing', 'ranks', 'Scoring', 'Workbench', 'colour_of',
+           'Grid', 'grid_of', 'tiles', 'lay_out', 'maps_image', 'Strip', 'strip_of', 'network_strip', 'captioned',
+           'stacked', 'top_images', 'filter_maps', 'bars_chart', 'fates', 'disagreement_chart', 'Picture', 'LiveChart',
+           'cost_html', 'FilterExplorer']
 
 # %% ../nbs/07_widgets.ipynb #c002
 import asyncio, base64, copy, html, io, math, time
@@ -185,7 +185,7 @@ class Looking:
         return View(('file', hash(content)), name, pixels, None)
 
 # %% ../nbs/07_widgets.ipynb #c011
-class _Seeing(Looking):
+class Seeing(Looking):
     "What is to be seen of the filters"
     def classes_of(self, view:View) -> Tensor: # (n,) int64: what is explained
         "The labels, or what the network takes the images for"
@@ -281,7 +281,7 @@ def ranks(
     return r
 
 # %% ../nbs/07_widgets.ipynb #c013b
-class _Scoring(_Seeing):
+class Scoring(Seeing):
     "What criteria give each filter, and the plans made from it"
     def dense(self) -> dict[str, int]: # params, macs
         "What the whole network costs"
@@ -328,7 +328,7 @@ class _Scoring(_Seeing):
         return self.cache.get(('plan', choice), make)
 
 # %% ../nbs/07_widgets.ipynb #c013c
-class Workbench(_Scoring):
+class Workbench(Scoring):
     "A network, its images, and what is to be known of its filters, worked out once"
     def cost(self, choice:Choice) -> dict[str, int]: # params, macs
         "What the cut network would cost, without cutting it (`ValueError` for a network without a graph)"
@@ -410,6 +410,7 @@ def _write(picture:Image.Image, x:float, y:float, text:str, ink:str=INK, size:in
     mask, left, top = _written(text, size, anchor)
     picture.paste(ink, (round(x)+left, round(y)+top), mask)
 
+# %% ../nbs/07_widgets.ipynb #c019b
 class Grid(NamedTuple):
     "Where tiles lie in a picture"
     columns:int
