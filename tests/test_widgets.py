@@ -518,6 +518,10 @@ def test_what_is_set_while_a_criterion_is_scored_is_drawn_when_it_is(still):
     assert e.order == e.bench.scores('integrated_gradients')[e.layer.value].argsort(descending=True, stable=True).tolist()
     assert int(e.keep.sum()) == round(.2*len(e.keep)) and e.layer.value in e.top.label
 
+def test_scores_that_cannot_be_kept_are_not_worked_out_for_ever(still):
+    e = FilterExplorer(tiny(), own_data(), criterion='integrated_gradients', images=6, search=8, memory=100)
+    assert e.wrong and 'the scores by integrated_gradients do not fit into 100 bytes' in e.status.value
+
 def test_an_explorer_that_still_scores_is_shown_without_a_picture(still):
     async def first():
         e = FilterExplorer(tiny(), own_data(), criterion='integrated_gradients', images=6, search=8)

@@ -1115,6 +1115,8 @@ class _Answering(_Clicked):
                     self.progress.value = share; self.say(f'scoring by {criterion}: {share:.0%}')
                     await asyncio.sleep(.01)
             except Exception as e: return self.say(str(e) or type(e).__name__, wrong=True)
+        if self._slow(criterion): # or it would be scored for ever
+            return self.say(f'the scores by {criterion} do not fit into {self.bench.cache.limit:,} bytes: give memory= more', wrong=True)
         self.say(''); self.task = None
         self._on(self._renew)()
 
