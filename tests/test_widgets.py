@@ -522,6 +522,20 @@ def test_scores_that_cannot_be_kept_are_not_worked_out_for_ever(still):
     e = FilterExplorer(tiny(), own_data(), criterion='integrated_gradients', images=6, search=8, memory=100)
     assert e.wrong and 'the scores by integrated_gradients do not fit into 100 bytes' in e.status.value
 
+def test_coming_back_to_a_slow_criterion_while_accuracy_is_measured(still):
+    "What runs then is no scoring"
+    async def back_and_forth():
+        e = FilterExplorer(tiny(), own_data(), images=6, search=8)
+        await e.task
+        for c in ('integrated_gradients', 'magnitude', 'integrated_gradients'):
+            e.criterion.value = c
+            await asyncio.sleep(0)
+        for _ in range(2):
+            if e.task: await e.task
+        return e
+    e = asyncio.run(back_and_forth())
+    assert ('scores', 'integrated_gradients') in e.bench.cache and 'integrated_gradients' in e.caption.value and not e.wrong
+
 def test_an_explorer_that_still_scores_is_shown_without_a_picture(still):
     async def first():
         e = FilterExplorer(tiny(), own_data(), criterion='integrated_gradients', images=6, search=8)

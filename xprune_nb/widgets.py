@@ -1090,15 +1090,15 @@ class _Answering(_Clicked):
     def _waits(self) -> bool:
         "Whether scores are still to come: the work on them is begun, or goes on, and ends with a drawing of what is set then"
         c = next((c for c in (self.criterion.value, self.second.value) if self._slow(c)), None)
-        under_way = self.task and not self.task.done() and self.scored == c
+        under_way = self.task and not self.task.done() and self.scored == (c, self.task) # that task may be a measurement
         if c and not under_way:
-            self.scored = c
             self._start(self._score(c))
+            self.scored = c, self.task
         return c is not None
 
     def _when_scored(self, f):
         "What a button does, unless scores are still to come"
-        if self._waits(): self.say(f'still scoring by {self.scored}: try again when its maps are there', wrong=True)
+        if self._waits(): self.say(f'still scoring by {self.scored[0]}: try again when its maps are there', wrong=True)
         else: f()
 
     @contextmanager
