@@ -1,6 +1,5 @@
 """The sets' way to the disk, by small archives and trees in the real formats; splits, order, crops and numbers against numpy, Pillow and torchvision."""
 import base64, errno, hashlib, http.server, io, json, os, re, shutil, subprocess, sys, tarfile, threading
-from contextlib import contextmanager
 from pathlib import Path
 
 import altair as alt
@@ -14,7 +13,7 @@ from torch.testing import assert_close
 from torchvision.transforms import functional as tv
 
 from xprune_nb import data as room
-from xprune_nb.data import CIFAR10_MD5, CLASSES, TRAINING, Data, Files, Images, cache_dir, charts, fetch_cifar10, hold_out, load, loader, normalisation, one_of, sample, sheet, write_whole
+from xprune_nb.data import CIFAR10_MD5, CLASSES, TRAINING, Data, Files, Images, cache_dir, charts, fetch_cifar10, hold_out, load, loader, normalisation, sample, sheet
 
 PUBLISHED, NAMES = dict(CIFAR10_MD5), list(CIFAR10_MD5)
 says = lambda *parts: '.*'.join(map(re.escape, parts))
@@ -389,37 +388,6 @@ def test_a_stream_is_never_whole_in_memory(forest, monkeypatch):
     assert opened == []
     next(iter(loader(data.test, data, 4))); assert 4 <= len(opened) <= 9
 
-# --- a file is whole or absent ---
-
-@contextmanager
-def files_up_to(size):
-    resource = pytest.importorskip('resource')
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try: yield
-    finally: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-@pytest.mark.parametrize('size', [1001, 10**5, 10**7])
-def test_file_that_the_system_has_no_room_for(tmp_path, size):
-    "A real refusal by the operating system, in the midst of writing"
-    write_whole(tmp_path/'row.json', 'old')
-    with pytest.raises(OSError, match=r'row\.json could not be written \(.+\); nothing was changed'), files_up_to(1000): write_whole(tmp_path/'row.json', bytes(size))
-    assert found(tmp_path) == ['row.json'] and (tmp_path/'row.json').read_text() == 'old'
-
-def test_folder_that_can_not_be(tmp_path):
-    "A file is in the way"
-    (tmp_path/'store').write_text('')
-    with pytest.raises(OSError, match=says('row.json could not be written', 'nothing was changed', 'choose another folder than')): write_whole(tmp_path/'store'/'row.json', 'x')
-    assert found(tmp_path) == ['store']
-
-@given(st.binary(max_size=2000), st.text(max_size=200))
-@settings(max_examples=15, deadline=None)
-def test_what_is_written_is_read(tmp_path_factory, binary, text):
-    folder = tmp_path_factory.mktemp('whole')
-    for content in binary, text:
-        path = write_whole(folder/'a'/'b', content)
-        assert path.read_bytes() == (content if isinstance(content, bytes) else content.encode()) and found(folder) == ['b']
-
 # --- the embedded set ---
 
 @pytest.fixture
@@ -592,14 +560,6 @@ def test_charts_need_no_network():
     spec = bundle['application/vnd.vegalite.v5+json']
     assert '/v5' in spec['$schema'] and re.findall(r'https?://(?!vega\.github\.io/schema)', json.dumps(spec)) == []
     png = bundle['image/png']; Image.open(io.BytesIO(png if isinstance(png, bytes) else base64.b64decode(png))).verify()
-
-@given(st.lists(st.text(min_size=1, max_size=12), min_size=1, max_size=6, unique=True), st.text(max_size=12))
-@settings(max_examples=100, deadline=None)
-def test_one_of_passes_what_is_there_and_names_it_all(table, value):
-    if value in table: assert one_of(value, table, 'thing') == value
-    else:
-        with pytest.raises(ValueError) as e: one_of(value, table, 'thing')
-        assert str(e.value).startswith(f"no thing called '{value}'") and str(e.value).endswith(', '.join(table))
 
 @pytest.mark.parametrize('yours,then', [(None, 'PASSIVE'), ('ACTIVE', 'ACTIVE')])
 def test_threads_that_wait_sleep_unless_you_say_otherwise(yours, then):

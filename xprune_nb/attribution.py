@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.transforms.functional import gaussian_blur
 
-from .data import one_of
+from .core import one_of
 from .model import convs
 
 # %% ../nbs/02_1_attribution.ipynb #c007

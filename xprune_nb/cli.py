@@ -24,7 +24,7 @@ def preset(
     name:str, # key of `PRESETS`
 ) -> list['Run']:
     "The runs of a study, seed by seed, the shorter ones first (`ValueError` for an unknown name)"
-    from xprune_nb.data import one_of
+    from xprune_nb.core import one_of
     from xprune_nb.experiments import grid
     runs = grid(**PRESETS[one_of(name, PRESETS, 'preset')])
     return sorted(runs, key=lambda r: (r.seed, r.schedule == 'iterative'))
@@ -35,7 +35,7 @@ def figures(
     folder:str|Path, # made if need be
 ) -> list[Path]: # the charts as PNG
     "Write the rows, the study's two charts and tables, the thesis beside them, and the stages, into a folder"
-    from xprune_nb.data import write_whole
+    from xprune_nb.core import write_whole
     from xprune_nb.results import beside, chart, save, stages, summary, table, versus
     folder, done = Path(folder), rows[rows.status == 'done']
     plain = rows.map(lambda v: json.dumps(v) if isinstance(v, dict) else v) # the versions

@@ -24,7 +24,7 @@ from .attribution import (AGGREGATIONS, BASELINES, RULES, TARGETS, aggregated, c
                                    everything, explained, folded, frozen, gradient_activation, gradient_activation_maps, gradient_shap,
                                    gradient_shap_maps, integrated_gradients, integrated_gradients_maps, internal_influence,
                                    internal_influence_maps, logit, looked_into, loss, onward, outputs_of, sweep, traced)
-from .data import one_of
+from .core import one_of
 from .model import batch_norms, convs, evaluating
 from .relevance import (COMPOSITES, KINKED, SMOOTH, conservation, deeplift, deeplift_maps, deeplift_shap, deeplift_shap_maps, lrp,
                                  lrp_maps, relevance_net)

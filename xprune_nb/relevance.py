@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from .attribution import add_to, background_of, cuts, explained, folded, frozen, in_order, logit, outputs, scored, start_of, sweep
-from .data import one_of
+from .core import one_of
 
 # %% ../nbs/02_2_relevance.ipynb #c007
 class Carried(torch.autograd.Function):

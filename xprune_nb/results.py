@@ -18,7 +18,8 @@ import pandas as pd
 import vl_convert
 from scipy import stats
 
-from .data import ASSETS, COLOURS, charts, one_of, write_whole
+from .core import one_of, write_whole
+from .data import ASSETS, COLOURS, charts
 from .experiments import Run
 
 # %% ../nbs/06_results.ipynb #c005

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from .data import write_whole
+from .core import write_whole
 from .model import build, convs, cost, load_weights
 from .pruning import Plan, check_plan
 
