@@ -11,7 +11,7 @@ from hypothesis import given, settings, strategies as st
 from scipy import stats
 
 from xprune_nb.compare import StudyExplorer, as_html, axes, choices, choose, comparison, difference, differing, in_words, points, run_table, runs_at, study_rows
-from xprune_nb.data import COLOURS
+from xprune_nb.charts import COLOURS
 from xprune_nb.experiments import LATER, Run
 from xprune_nb.results import paired
 

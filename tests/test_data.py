@@ -1,8 +1,7 @@
 """The sets' way to the disk, by small archives and trees in the real formats; splits, order, crops and numbers against numpy, Pillow and torchvision."""
-import base64, errno, hashlib, http.server, io, json, os, re, shutil, subprocess, sys, tarfile, threading
+import errno, hashlib, http.server, io, json, os, re, shutil, subprocess, sys, tarfile, threading
 from pathlib import Path
 
-import altair as alt
 import numpy as np
 import pytest
 import torch
@@ -13,7 +12,7 @@ from torch.testing import assert_close
 from torchvision.transforms import functional as tv
 
 from xprune_nb import data as room
-from xprune_nb.data import CIFAR10_MD5, CLASSES, TRAINING, Data, Files, Images, cache_dir, charts, fetch_cifar10, hold_out, load, loader, normalisation, sample, sheet
+from xprune_nb.data import CIFAR10_MD5, CLASSES, TRAINING, Data, Files, Images, cache_dir, fetch_cifar10, hold_out, load, loader, normalisation, sample
 
 PUBLISHED, NAMES = dict(CIFAR10_MD5), list(CIFAR10_MD5)
 says = lambda *parts: '.*'.join(map(re.escape, parts))
@@ -517,7 +516,7 @@ def test_random_numbers_of_others_are_left_alone():
     torch.manual_seed(1); want = torch.rand(3)
     torch.manual_seed(1); sample(data, 20); next(loader(data.train, data, seed=1, augment=True)); assert torch.rand(3).equal(want)
 
-# --- numbers and pictures ---
+# --- numbers ---
 
 def test_normalise_is_torchvisions():
     data = load()
@@ -535,31 +534,6 @@ def test_normalisation_is_numpys_and_exact():
                                torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 4, dtype=torch.int64)], ids=lambda x: f'{tuple(x.shape)} {x.dtype}')
 def test_images_of_another_shape_or_type_are_refused(x):
     with pytest.raises(ValueError, match=says(f'images have shape {tuple(x.shape)} and type {x.dtype}, expected (N,3,H,W) and torch.uint8')): load().normalise(x)
-
-@pytest.mark.parametrize('n,columns,scale,gap', [(7, 3, 1, 0), (6, 3, 3, 2), (1, 4, 2, 1)])
-def test_contact_sheet_is_pillows(n, columns, scale, gap):
-    x = torch.randint(0, 256, (n, 3, 5, 4), dtype=torch.uint8)
-    w, h = 4*scale + gap, 5*scale + gap
-    want = Image.new('RGB', (columns*w, -(-n//columns)*h), 'white')
-    for i, im in enumerate(x.permute(0, 2, 3, 1).numpy()):
-        want.paste(Image.fromarray(im).resize((4*scale, 5*scale), Image.NEAREST), (i % columns*w, i//columns*h))
-    assert (np.asarray(sheet(x, columns, scale, gap)) == np.asarray(want)).all()
-
-def test_maps_go_from_black_to_white_each_by_itself():
-    maps = torch.stack([torch.linspace(-3, 5, 6).view(2, 3), torch.full((2, 3), 7.)])
-    grey = np.asarray(sheet(maps, columns=1, scale=1, gap=0))
-    assert grey[:2, :, 1].ravel().tolist() == [0, 51, 102, 153, 204, 255] and (grey[2:] == 0).all()
-
-def test_charts_need_no_network():
-    before = alt.renderers.active, alt.theme.active
-    try:
-        charts()
-        bundle = alt.Chart(alt.Data(values=[dict(a=1, b=2)])).mark_bar().encode(x='a:Q', y='b:Q')._repr_mimebundle_()
-    finally: alt.renderers.enable(before[0]); alt.theme.enable(before[1])
-    bundle = bundle[0] if isinstance(bundle, tuple) else bundle
-    spec = bundle['application/vnd.vegalite.v5+json']
-    assert '/v5' in spec['$schema'] and re.findall(r'https?://(?!vega\.github\.io/schema)', json.dumps(spec)) == []
-    png = bundle['image/png']; Image.open(io.BytesIO(png if isinstance(png, bytes) else base64.b64decode(png))).verify()
 
 @pytest.mark.parametrize('yours,then', [(None, 'PASSIVE'), ('ACTIVE', 'ACTIVE')])
 def test_threads_that_wait_sleep_unless_you_say_otherwise(yours, then):

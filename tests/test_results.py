@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from scipy import stats
 
-from xprune_nb.data import COLOURS
+from xprune_nb.charts import COLOURS
 from xprune_nb.experiments import Run
 from xprune_nb.results import (BY, THESIS, agreement, beside, chart, claims, findings, frontier, markdown, paired, read, save, stages, summary, table,
                                thesis, thesis_chart, thesis_table, tidy, versus)

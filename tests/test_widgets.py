@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import xprune_nb.widgets as widgets
 from networks import Untraceable, sequential, small, torchvisions
 from xprune_nb.criteria import ATTRIBUTIONS, CRITERIA, attributions, score
-from xprune_nb.data import COLOURS, Data, Images, load, sample
+from xprune_nb.charts import COLOURS
+from xprune_nb.data import Data, Images, load, sample
 from xprune_nb.model import cost
 from xprune_nb.pruning import cut, groups, plan
 from xprune_nb.training import evaluate, recalibrate

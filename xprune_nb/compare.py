@@ -20,8 +20,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from .charts import charts
 from .core import one_of
-from .data import charts
 from .experiments import LATER, TIMED, USUAL, rows as rows_of
 from .results import (
     BY, LABELS, RUN, SETS, SHAPES, _about, _levels, _looks, _order, _rules, _spread, _top, read, summary, tidy)

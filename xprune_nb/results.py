@@ -18,8 +18,9 @@ import pandas as pd
 import vl_convert
 from scipy import stats
 
+from .charts import COLOURS, charts
 from .core import one_of, write_whole
-from .data import ASSETS, COLOURS, charts
+from .data import ASSETS
 from .experiments import Run
 
 # %% ../nbs/06_results.ipynb #c005

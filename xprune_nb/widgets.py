@@ -33,8 +33,9 @@ from torchvision.transforms import functional as tv
 
 from .attribution import looked_into, outputs_of
 from .criteria import ATTRIBUTIONS, CRITERIA, attributions, check_scores, options_of, score, spearman
+from .charts import COLOURS, charts
 from .core import one_of, write_whole
-from .data import COLOURS, Data, Images, charts, hold_out, load, normalisation, sample
+from .data import Data, Images, hold_out, load, normalisation, sample
 from .model import baseline, convs, cost
 from .pruning import COUPLINGS, SCOPES, Plan, check_ratio, costing, groups, kept, plan
 from .results import save
