@@ -64,19 +64,21 @@ def parameters(
     source:str, # the cell that holds it
 ) -> list[Parameter]: # by docments' own rule: the comment on a parameter's line, else those right above it
     said, text = comments(source), lambda n: ' '.join(ast.get_source_segment(source, n).split()) if n else ''
+    late = lambda a: isinstance(a, ast.Constant) and isinstance(a.value, str) # a type that is imported late: 'pd.DataFrame'
+    typed = lambda a: a.value if late(a) else text(a)
     if isinstance(node, ast.ClassDef):
         if found := fields(node):
-            rows = [(f.target.id, text(f.annotation), text(f.value) if f.value else None, f.lineno) for f in found]
+            rows = [(f.target.id, typed(f.annotation), text(f.value) if f.value else None, f.lineno) for f in found]
         else: return [p for p in parameters(init(node), source) if p.name != 'return'] if init(node) else []
     else:
         a = node.args
         both = [*a.posonlyargs, *a.args]
         defaults = [None]*(len(both) - len(a.defaults)) + a.defaults
-        rows = [(p.arg, text(p.annotation), text(d) if d else None, p.lineno) for p, d in zip(both, defaults)]
-        if a.vararg: rows.append(('*' + a.vararg.arg, text(a.vararg.annotation), None, a.vararg.lineno))
-        rows += [(p.arg, text(p.annotation), text(d) if d else None, p.lineno) for p, d in zip(a.kwonlyargs, a.kw_defaults)]
-        if a.kwarg: rows.append(('**' + a.kwarg.arg, text(a.kwarg.annotation), None, a.kwarg.lineno))
-        if node.returns: rows.append(('return', text(node.returns), None, node.returns.lineno))
+        rows = [(p.arg, typed(p.annotation), text(d) if d else None, p.lineno) for p, d in zip(both, defaults)]
+        if a.vararg: rows.append(('*' + a.vararg.arg, typed(a.vararg.annotation), None, a.vararg.lineno))
+        rows += [(p.arg, typed(p.annotation), text(d) if d else None, p.lineno) for p, d in zip(a.kwonlyargs, a.kw_defaults)]
+        if a.kwarg: rows.append(('**' + a.kwarg.arg, typed(a.kwarg.annotation), None, a.kwarg.lineno))
+        if node.returns: rows.append(('return', typed(node.returns), None, node.returns.lineno))
     last = {line: name for name, *_, line in rows} # of several on a line, the last has the comment
     def doc(name, line):
         if last[line] != name: return ''

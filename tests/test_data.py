@@ -534,12 +534,3 @@ def test_normalisation_is_numpys_and_exact():
                                torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 4, dtype=torch.int64)], ids=lambda x: f'{tuple(x.shape)} {x.dtype}')
 def test_images_of_another_shape_or_type_are_refused(x):
     with pytest.raises(ValueError, match=says(f'images have shape {tuple(x.shape)} and type {x.dtype}, expected (N,3,H,W) and torch.uint8')): load().normalise(x)
-
-@pytest.mark.parametrize('yours,then', [(None, 'PASSIVE'), ('ACTIVE', 'ACTIVE')])
-def test_threads_that_wait_sleep_unless_you_say_otherwise(yours, then):
-    "Read when torch is imported, so it has to be there before"
-    env = {k: v for k, v in os.environ.items() if k != 'OMP_WAIT_POLICY'} | ({'OMP_WAIT_POLICY': yours} if yours else {})
-    code = "import os, sys, xprune_nb.data; assert 'torch' in sys.modules; print(os.environ['OMP_WAIT_POLICY'])"
-    assert subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True, cwd=Path(__file__).parent.parent).stdout.strip() == then
-    source = (Path(__file__).parent.parent/'xprune_nb'/'data.py').read_text()
-    assert source.index('OMP_WAIT_POLICY') < source.index('import torch')

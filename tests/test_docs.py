@@ -78,6 +78,13 @@ def test_parameters_are_those_that_docments_finds(build, path):
         empty = lambda v: getattr(v, '__name__', '') == '_empty'
         assert {n for n, p in ours.items() if p.default is not None} == {n for n, d in theirs.items() if not empty(d.default)}, node.name
 
+def test_a_type_that_is_imported_late_is_shown_like_any_other(build):
+    cell = """def f(
+    a:'pd.DataFrame', # rows
+    b:str='x', # a name
+) -> list['Run']: ..."""
+    assert [(p.type, p.default) for p in build.parameters(ast.parse(cell).body[0], cell)] == [('pd.DataFrame', None), ('str', "'x'"), ("list['Run']", None)]
+
 def test_source_of_what_is_exported_is_there_and_what_is_hidden_is_not(site):
     page = re.sub(r'<[^>]*>', '', text(site/'00_data.html'))
     hidden = [c.source for c in nbformat.read(FILES['00_data'], 4).cells if c.cell_type == 'code' and re.match(r'#\| *hide', c.source)]

@@ -1,5 +1,5 @@
 """Networks against their definition counted another way (Torch-Pruning, torch.fx); weights and the baseline under every kind of damage."""
-import hashlib, re, shutil
+import hashlib, json, re, shutil, subprocess, sys
 
 import pytest
 import safetensors.torch
@@ -26,6 +26,12 @@ def test_build_is_torchvisions_and_the_seeds_alone(stem):
     assert torch.rand(1).equal(drawn)  # the random numbers of others are left alone
     assert same(net.state_dict(), want) and not net.training and {p.device.type for p in net.parameters()} == {'cpu'}
     assert not same(build('mobilenet_v2', 4, stem, seed=8).state_dict(), want)
+
+def test_the_first_network_of_a_process_is_the_seeds_too():
+    "torchvision is imported when a network is built, between the seed and the weights"
+    code = "import sys; from xprune_nb.model import build; assert 'torchvision' not in sys.modules; print(build(seed=7).classifier[1].weight[0].tolist())"
+    drawn = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
+    assert json.loads(drawn) == build(seed=7).classifier[1].weight[0].tolist()
 
 @pytest.mark.parametrize('stem,sizes', [('imagenet', [16, 16, 8, 4, 2, 2, 1, 1, 1]), ('cifar', [32, 32, 32, 16, 8, 8, 4, 4, 4])])
 def test_where_each_stage_works(stem, sizes):

@@ -17,13 +17,11 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_weights
-from torchvision.transforms.functional import gaussian_blur
 
 from .core import one_of
 from .model import convs
@@ -329,6 +327,7 @@ gradient_activation = scored(gradient_activation_maps, "How much of the logit ea
 
 # %% ../nbs/02_1_attribution.ipynb #c033
 def _blurred(x:Tensor) -> Tensor:
+    from torchvision.transforms.functional import gaussian_blur
     sigma = min(x.shape[2:])/8
     return gaussian_blur(x, 2*max(1, math.ceil(2*sigma)) - 1, sigma)
 
@@ -573,8 +572,9 @@ def completeness(
     target:str|int='true', # 'true', 'predicted', 'loss' or a class number
     method:Callable[..., Iterator[dict[str, Tensor]]]=conductance_maps, # `integrated_gradients_maps`, `deeplift_maps`: what takes a baseline
     **options, # of the method
-) -> pd.DataFrame: # index layer; flow and change in logits (mean over images), cuts, gap (mean over images of |flow - change|, where it cuts)
+) -> 'pd.DataFrame': # index layer; flow and change in logits (mean over images), cuts, gap (mean over images of |flow - change|, where it cuts)
     "What a method attributes to each convolution against F(image) - F(baseline)"
+    import pandas as pd
     k, chunk, value = explained(model, x, y, target), options.get('chunk', 256), value_of(target)
     with torch.no_grad():
         F_x, F_start = (torch.cat([value(model(c), kc) for c, kc in zip(v.split(chunk), k.split(chunk))]) for v in (x, start_of(x, baseline)))

@@ -18,7 +18,6 @@ import anywidget
 import ipywidgets as w
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from .charts import charts
 from .core import one_of
@@ -256,6 +255,7 @@ def difference(
     level:float=0.95, # of the interval
 ) -> dict: # how ('paired by seed', 'not paired'), n (seeds; not paired: the fewer runs), difference, low, high, p
     "Difference of two points: seed by seed where they share seeds (paired t-test), else of their means (Welch's)"
+    from scipy import stats
     a, b = (r.set_index('seed')[y].dropna() for r in (a, b))
     if len(d := (a - b).dropna().round(12)):
         s = _spread(d, level)

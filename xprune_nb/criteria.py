@@ -13,10 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import numpy as np
-import pandas as pd
 import torch
-import torch_pruning
-from scipy.stats import rankdata
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
@@ -308,8 +305,10 @@ def _pairs(a:Mapping[str, Tensor], b:Mapping[str, Tensor]) -> Iterator[tuple[str
 def spearman(
     a:Mapping[str, Tensor], # conv name -> (O,); NaN: no score, the filter is passed over
     b:Mapping[str, Tensor], # of the same layers
-) -> pd.Series: # index layer, in [-1,1]; NaN where all filters of a layer score the same. `.mean()`, `.min()`: all layers
+) -> 'pd.Series': # index layer, in [-1,1]; NaN where all filters of a layer score the same. `.mean()`, `.min()`: all layers
     "Rank agreement of two criteria within each layer"
+    import pandas as pd
+    from scipy.stats import rankdata
     def rho(s, t):
         if len(s) < 2: return np.nan
         u, v = (r - r.mean() for r in (rankdata(s), rankdata(t)))
@@ -321,8 +320,9 @@ def overlap(
     b:Mapping[str, Tensor], # of the same layers
     ratio:float, # share of filters that are removed, in (0,1)
     corrected:bool=False, # for chance
-) -> pd.Series: # index layer, in [0,1], or at most 1 if corrected; NaN where nothing, or (corrected) everything would be removed
+) -> 'pd.Series': # index layer, in [0,1], or at most 1 if corrected; NaN where nothing, or (corrected) everything would be removed
     "Share of the filters that two criteria would both remove, within each layer"
+    import pandas as pd
     if not 0 < ratio < 1: raise ValueError(f'ratio is {ratio}, expected a share of filters to remove in (0, 1)')
     def share(s, t):
         k = round(ratio*len(s))
@@ -333,7 +333,7 @@ def overlap(
     return pd.Series({n: share(s, t) for n, s, t in _pairs(a, b)}, name='overlap').rename_axis('layer')
 
 # %% ../nbs/02_criteria.ipynb #c043
-class Importance(torch_pruning.importance.Importance):
+class Importance:
     "A criterion as an importance of Torch-Pruning"
     def __init__(self,
         criterion:str, # key of `CRITERIA`
@@ -356,7 +356,7 @@ class Importance(torch_pruning.importance.Importance):
 
     @torch.no_grad()
     def __call__(self,
-        group:torch_pruning.dependency.Group, # from a dependency graph of the model
+        group:'torch_pruning.dependency.Group', # from a dependency graph of the model
     ) -> Tensor|None: # one number a channel of the group, larger = keep, on average 1; None if no convolution loses an output channel
         "How important are the channels of a group?"
         with torch.enable_grad(): scores = self.scores()

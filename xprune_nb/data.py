@@ -16,17 +16,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE') # before torch: threads that wait for others sleep, see below
-
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.transforms import RandomResizedCrop
-from torchvision.transforms import functional as tv
 from tqdm.auto import tqdm
 
 from .core import one_of, write_whole
@@ -290,6 +284,7 @@ class Files:
     @staticmethod
     def read(path:str, seed:int|None=None) -> Tensor: # (3,224,224) uint8
         "Decode a file; with a seed, a random crop and flip. `OSError` if it is no picture"
+        from torchvision.transforms import RandomResizedCrop, functional as tv
         try:
             with Image.open(path) as f: image = f.convert('RGB')
         except Exception as e: # whatever a decoder can die of
@@ -322,6 +317,8 @@ def read_tree(
     folder:Path, # holds train/ and val/, each with a folder a class
 ) -> tuple[Images, Images, tuple[str, ...]]: # train, val, the names of the classes, by alphabet
     "Look through a tree; no image is opened (`OSError` if it is not there, `ValueError` if its classes do not fit)"
+    from torchvision.datasets import ImageFolder
+    from torchvision.datasets.folder import IMG_EXTENSIONS
     for part in ('train', 'val'):
         if not (folder/part).is_dir():
             raise OSError(f'there is no folder {folder/part}. ImageNet has to be got from image-net.org by yourself: '

@@ -8,16 +8,14 @@ __all__ = ['MODELS', 'STEMS', 'FIRST', 'build', 'convs', 'batch_norms', 'evaluat
 
 # %% ../nbs/01_model.ipynb #c002
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import pandas as pd
 import safetensors.torch
 import torch
 import torch.fx
-import torchvision
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -25,6 +23,13 @@ from .core import one_of, write_whole
 from .data import ASSETS, read_about
 
 # %% ../nbs/01_model.ipynb #c005
+def _torchvision(name:str) -> Callable[..., nn.Module]:
+    "A constructor of torchvision's. The library takes a while to import, so it waits until a network is built"
+    def make(**kw) -> nn.Module:
+        import torchvision
+        return getattr(torchvision.models, name)(**kw)
+    return make
+
 def _cifar_mobilenet_v2(net:nn.Module) -> None:
     "Two halvings less"
     net.features[0][0].stride = (1, 1)
@@ -37,9 +42,9 @@ def _cifar_resnet(net:nn.Module) -> None:
     net.maxpool = nn.Identity()
 
 MODELS = dict( # name = (constructor, how to get the CIFAR stem or None)
-    mobilenet_v2=(torchvision.models.mobilenet_v2, _cifar_mobilenet_v2),
-    **{n: (getattr(torchvision.models, n), None) for n in ('vgg16', 'vgg16_bn', 'vgg19', 'vgg19_bn')},
-    **{n: (getattr(torchvision.models, n), _cifar_resnet) for n in ('resnet18', 'resnet50')})
+    mobilenet_v2=(_torchvision('mobilenet_v2'), _cifar_mobilenet_v2),
+    **{n: (_torchvision(n), None) for n in ('vgg16', 'vgg16_bn', 'vgg19', 'vgg19_bn')},
+    **{n: (_torchvision(n), _cifar_resnet) for n in ('resnet18', 'resnet50')})
 STEMS = 'imagenet', 'cifar'
 
 def build(
@@ -88,8 +93,9 @@ def evaluating(model:nn.Module) -> Iterator[nn.Module]:
 def cost(
     model:nn.Module,
     shape:tuple[int, int, int]=(3, 32, 32), # of one image
-) -> pd.DataFrame: # index layer; kind, filters, params, macs. Totals: `.sum()`
+) -> 'pd.DataFrame': # index layer; kind, filters, params, macs. Totals: `.sum()`
     "Parameters and multiply-accumulates of each layer for one image; a tensor that layers share is the first one's"
+    import pandas as pd
     rows, hooks, seen = {}, [], set()
     def count(name):
         def hook(m, inputs, out):
@@ -166,7 +172,7 @@ class Baseline:
     classes:int
     seed:int # of the first weights and of the order of the images
     recipe:dict # how it was trained: the fields of `Recipe`
-    history:pd.DataFrame # one row an epoch
+    history:'pd.DataFrame' # one row an epoch
     test_accuracy:float # after the last epoch, on the 10,000 test images
     files:dict[int, str] # epoch -> SHA-256 of the stored weights
     versions:dict[str, str] # of what trained it
@@ -213,6 +219,7 @@ def baseline(
     name:str='mobilenet_v2-cifar10', # one of `baselines()`
 ) -> Baseline:
     "An embedded baseline (`ValueError` for an unknown name, `OSError` if its description is damaged)"
+    import pandas as pd
     about = read_about(ASSETS/f"baseline-{one_of(name, baselines(), 'baseline')}.json")
     about['files'] = {int(k): v for k, v in about['files'].items()}
     return Baseline(**{**about, 'history': pd.DataFrame(about['history'])})

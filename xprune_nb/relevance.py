@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
@@ -418,8 +417,9 @@ def conservation(
     target:str|int='true', # 'true', 'predicted', 'loss' or a class number
     chunk:int=256, # images a pass: bounds memory
     composite:str|Rule|Mapping|Sequence|Callable='epsilon', # as in `lrp`
-) -> pd.DataFrame: # index layer, 'input' first; relevance, bias, other in logits (mean over images), cuts, gap (largest of any image, where it cuts)
+) -> 'pd.DataFrame': # index layer, 'input' first; relevance, bias, other in logits (mean over images), cuts, gap (largest of any image, where it cuts)
     "Where the logit's relevance is at each sum, and where it stays: with a bias, or (`other`) a stabiliser or a unit with nobody to give to"
+    import pandas as pd
     k, net, start = explained(model, x, y, target, chunk), relevance_net(model, epsilon, composite, _box(x), True), relevance_start(target)
     told, per_image, began = {}, lambda r: r.flatten(1).sum(1).double(), []
     def tell(name):

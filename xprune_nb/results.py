@@ -15,8 +15,6 @@ from pathlib import Path
 import altair as alt
 import numpy as np
 import pandas as pd
-import vl_convert
-from scipy import stats
 
 from .charts import COLOURS, charts
 from .core import one_of, write_whole
@@ -79,6 +77,7 @@ def tidy(
 # %% ../nbs/06_results.ipynb #c015
 def _spread(v:pd.Series, level:float=0.95) -> dict:
     "n, mean, standard deviation and t-interval of some numbers; NaN where there is no such thing"
+    from scipy import stats
     v = v.dropna().to_numpy(float)
     n = len(v)
     mean, sd = v.mean() if n else np.nan, round(v.std(ddof=1), 12) if n > 1 else np.nan
@@ -119,6 +118,7 @@ def paired(
     level:float=0.95,
 ) -> pd.DataFrame: # `by`, minus, pairs, n (seeds), difference, sd, low, high, p
     "Difference between two criteria on runs that differ in nothing else"
+    from scipy import stats
     rows = tidy(rows, value)
     for c in (a, b): one_of(c, list(dict.fromkeys(rows.criterion)), 'criterion in these rows')
     rows = rows[rows.criterion.isin([a, b])]
@@ -337,6 +337,7 @@ def agreement(
     rows:pd.DataFrame,
 ) -> pd.DataFrame: # schedule, ratio, cells, spearman, kendall, off (mean absolute difference), best, thesis_best
     "Rank correlation with the thesis: over cells (schedule or ratio 'all'), and within each ratio"
+    from scipy import stats
     def one(g, **k):
         pair = g.ours.round(6), g.thesis
         ranked = min(map(pd.Series.nunique, pair)) > 1 # else there is no order to agree on
@@ -482,6 +483,7 @@ def save(
     name:str, # of the three files, without an ending
 ) -> list[Path]: # the SVG, the PNG, the CSV
     "Write a chart as SVG and PNG beside its table, without a browser"
+    import vl_convert
     if not name or Path(name).name != name:
         raise ValueError(f"'{name}' is no file name: give one without a folder, and the folder by itself")
     with alt.theme.enable('xprune'): spec = chart.to_dict()

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-import pandas as pd
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
@@ -59,8 +58,9 @@ def report(
     batches:Sequence[int]=(1, 128), # images at a time, for the latency
     devices:Sequence[str]|None=None, # None: the CPU, and the GPU where there is one
     **how, # of `latencies`: repeats, warmup, channels_last
-) -> pd.DataFrame: # index quantity; unit, before, after, ratio (before/after), spread_before, spread_after (quartiles)
+) -> 'pd.DataFrame': # index quantity; unit, before, after, ratio (before/after), spread_before, spread_after (quartiles)
     "What the cut is worth: parameters, multiply-accumulates, bytes and milliseconds"
+    import pandas as pd
     costs = [cost(m, shape).sum(numeric_only=True) for m in (before, after)]
     rows = [('parameters', 'numbers', *(int(c.params) for c in costs)),
             ('multiply-accumulates', 'an image', *(int(c.macs) for c in costs)),

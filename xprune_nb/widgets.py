@@ -29,7 +29,6 @@ import traitlets
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.transforms import functional as tv
 
 from .attribution import looked_into, outputs_of
 from .criteria import ATTRIBUTIONS, CRITERIA, attributions, check_scores, options_of, score, spearman
@@ -178,6 +177,7 @@ class Looking:
         name:str='your file',
     ) -> View:
         "A picture from outside, cut to the network's size (`OSError` if it is none)"
+        from torchvision.transforms import functional as tv
         try: picture = Image.open(io.BytesIO(content)).convert('RGB')
         except Exception as e: raise OSError(f"'{name}' cannot be read as a picture; expected a PNG, JPEG, WebP or GIF file") from e
         h, w = self.shape[1:]
@@ -456,7 +456,8 @@ def tiles(
     a = (v.abs()/top.clamp_min(1e-30)).pow(.6)[..., None].numpy()*.95
     ground = np.full((*size, 3), 255., np.float32)
     if image is not None:
-        grey = tv.rgb_to_grayscale(image.cpu().float()[None])
+        from torchvision.transforms.functional import rgb_to_grayscale
+        grey = rgb_to_grayscale(image.cpu().float()[None])
         ground = 118 + .53*F.interpolate(grey, size, mode='bilinear', antialias=True)[0, 0].clamp(0, 255).numpy()[..., None]
     hue = np.where((v > 0)[..., None].numpy(), np.float32(FOR), np.float32(AGAINST))
     return (ground*(1-a) + hue*a).round().astype(np.uint8)
