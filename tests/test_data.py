@@ -418,6 +418,29 @@ def test_damaged_embedded_labels_are_refused(assets, how):
     HARM[how][0](assets/'cifar10-mini.json')
     with pytest.raises(OSError, match=says('cifar10-mini.json of the package cannot be read', 'Install xprune_nb anew')): load()
 
+LIES = { # what is changed in the description, everything else left as it is
+    'a label of train': lambda a: a['train']['labels'].__setitem__(17, (a['train']['labels'][17] + 1) % 10), 'a label of test': lambda a: a['test']['labels'].__setitem__(-1, 0),
+    'two labels change places': lambda a: a['train']['labels'].reverse(), 'a mean': lambda a: a['mean'].__setitem__(0, np.nextafter(a['mean'][0], 1)), 'a std': lambda a: a['std'].__setitem__(2, .26),
+    'the source': lambda a: a.update(source='mine'), 'a word more': lambda a: a.update(more=1), 'the digest of the pictures': lambda a: a['test'].update(sha256='0'*64),
+    'the digest': lambda a: a.update(sha256='0'*64), 'no digest': lambda a: a.pop('sha256'), 'a list': None}
+
+@pytest.mark.parametrize('what', LIES)
+def test_a_description_that_says_anything_else_is_refused(assets, what):
+    path = assets/'cifar10-mini.json'; about = json.loads(path.read_text()); before = json.dumps(about)
+    if LIES[what]: LIES[what](about)
+    else: about = [about]
+    assert json.dumps(about) != before
+    path.write_text(json.dumps(about))
+    with pytest.raises(OSError, match=says('cifar10-mini.json of the package ', 'cannot be read' if what == 'a list' else 'is damaged (its SHA-256 is not the recorded one)', 'Install xprune_nb anew')): load()
+
+def test_a_description_is_what_it_says_not_how_it_is_spaced(assets):
+    path = assets/'cifar10-mini.json'; about = json.loads(path.read_text())
+    path.write_text(json.dumps(dict(reversed(about.items())), indent=3)); assert load().train.y.equal(load().train.y) and len(load().test.y) == 1000
+
+def test_keys_that_json_turns_into_text_are_read_again(tmp_path):
+    said = dict(files={5: 'a', 50: 'b', 10: 'c'}, shape=(3, 4))
+    assert room.read_about(room.write_about(tmp_path/'about.json', said, 1)) == dict(files={'5': 'a', '50': 'b', '10': 'c'}, shape=[3, 4])
+
 # --- the whole set ---
 
 @pytest.mark.slow

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CLASSES', 'CIFAR10_MD5', 'CIFAR10_URL', 'CIFAR10_NPM', 'SOURCES', 'CIFAR100_URL', 'CIFAR100_MD5', 'ASSETS',
            'IMAGENET_MEAN', 'IMAGENET_STD', 'SIDE', 'SHORTER', 'WORKERS', 'DATASETS', 'TRAINING', 'Images', 'Data',
-           'hold_out', 'cache_dir', 'fetch_cifar10', 'read_cifar10', 'fetch_cifar100', 'read_cifar100', 'normalisation',
-           'read_about', 'Files', 'read_tree', 'load', 'loader', 'sample', 'make_mini']
+           'hold_out', 'cache_dir', 'fetch_cifar10', 'read_cifar10', 'fetch_cifar100', 'read_cifar100', 'write_about',
+           'read_about', 'normalisation', 'Files', 'read_tree', 'load', 'loader', 'sample', 'make_mini']
 
 # %% ../nbs/00_data.ipynb #c002
 import hashlib, io, json, os, shutil, subprocess, tarfile, tempfile, urllib.request
@@ -208,6 +208,34 @@ def read_cifar100(
 # %% ../nbs/00_data.ipynb #c016
 ASSETS = Path(__file__).parent/'assets' if '__file__' in globals() else Path('../xprune_nb/assets')
 
+def _digest(about:Mapping) -> str:
+    "SHA-256 of all that a description says, but for the digest itself"
+    said = {k: v for k, v in about.items() if k != 'sha256'}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+def write_about(
+    path:Path, # a JSON file
+    about:Mapping, # what it shall say
+    indent:int|None=None, # for people: spaces in front of each line
+) -> Path:
+    "Write a description of files beside it, with the digest that `read_about` asks for"
+    about = json.loads(json.dumps(about)) # as it will be read
+    return write_whole(path, json.dumps({**about, 'sha256': _digest(about)}, indent=indent) + '\n')
+
+def read_about(
+    path:Path, # as `write_about` left it
+) -> dict: # what it was given
+    "What a file says of its neighbours (`OSError` if it is missing, or says anything else than was written)"
+    of, anew = (' of the package', 'Install xprune_nb') if path.parent == ASSETS else ('', 'Get it')
+    try:
+        about = json.loads(path.read_text())
+        known = about.pop('sha256', None)
+    except (OSError, ValueError, TypeError, AttributeError) as e: # not there, no JSON, no table
+        raise OSError(f'{path.name}{of} cannot be read ({e}). {anew} anew') from e
+    if known != _digest(about): raise OSError(f'{path.name}{of} is damaged (its SHA-256 is not the recorded one). {anew} anew')
+    return about
+
+# %% ../nbs/00_data.ipynb #c019
 def normalisation(
     images:Images, # (N,3,H,W)
 ) -> tuple[Tensor, Tensor]: # mean (3,), standard deviation (3,) of the pixels in [0,1]
@@ -228,14 +256,6 @@ def _read_sheet(path:Path, digest:str) -> Tensor:
         raise OSError(f'{path.name} of the package is damaged. Install xprune_nb anew')
     return torch.from_numpy(x)
 
-def read_about(
-    path:Path, # a JSON file in `ASSETS`
-) -> dict:
-    "What an embedded file says of its neighbours (`OSError` if it is missing or damaged)"
-    try: return json.loads(path.read_text())
-    except (OSError, ValueError) as e:
-        raise OSError(f'{path.name} of the package cannot be read ({e}). Install xprune_nb anew') from e
-
 def _mini(root:str|Path|None) -> Data:
     about = read_about(ASSETS/'cifar10-mini.json')
     x = {s: _read_sheet(ASSETS/f'cifar10-mini-{s}.webp', about[s]['sha256']) for s in ('train', 'test')}
@@ -255,7 +275,7 @@ def _cifar100(root:str|Path|None) -> Data:
     train, test, names = read_cifar100(folder)
     return Data('cifar100', *hold_out(train), test, names, *normalisation(train))
 
-# %% ../nbs/00_data.ipynb #c018
+# %% ../nbs/00_data.ipynb #c021
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIDE, SHORTER = 224, 256 # pixels of an input; of the shorter side before the crop in the middle
 WORKERS = None # processes that decode a stream; None: as many as there are cores, up to 8, and none for few images
@@ -312,7 +332,7 @@ def _streamed(files:Files, batches:list[list[tuple[int, int|None]]]) -> Iterator
         if isinstance(x, OSError): raise x
         yield x.to(files.device)
 
-# %% ../nbs/00_data.ipynb #c019
+# %% ../nbs/00_data.ipynb #c022
 def read_tree(
     folder:Path, # holds train/ and val/, each with a folder a class
 ) -> tuple[Images, Images, tuple[str, ...]]: # train, val, the names of the classes, by alphabet
@@ -350,7 +370,7 @@ def _imagenet(root:str|Path|None) -> Data:
                          'expected enough to hold out a tenth: 6')
     return Data('imagenet', train, val, test, names, torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD))
 
-# %% ../nbs/00_data.ipynb #c020
+# %% ../nbs/00_data.ipynb #c023
 DATASETS = {'cifar10-mini': _mini, 'cifar10': _cifar10, 'cifar100': _cifar100, 'imagenet': _imagenet} # the config value
 TRAINING = {'cifar10-mini': 4_500, 'cifar10': 45_000, 'cifar100': 45_000} # images to learn from, where that is known
 
@@ -361,14 +381,14 @@ def load(
     "Load a data set, fetching it once if it is not embedded; into memory, but for 'imagenet', which is streamed"
     return DATASETS[one_of(name, DATASETS, 'data set')](root)
 
-# %% ../nbs/00_data.ipynb #c022
+# %% ../nbs/00_data.ipynb #c025
 def __getattr__(name:str):
     "What went to `charts`, which is imported only then"
     if name not in ('COLOURS', 'charts', 'sheet'): raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
     from xprune_nb import charts
     return getattr(charts, name)
 
-# %% ../nbs/00_data.ipynb #c033
+# %% ../nbs/00_data.ipynb #c036
 def _jitter(x:Tensor, g:torch.Generator, pad:int=4) -> Tensor:
     "Random crop (`pad` black pixels around) and horizontal flip of uint8 images"
     n, _, h, w = x.shape
@@ -402,7 +422,7 @@ def loader(
         x = images.x[i]
         yield data.normalise(_jitter(x, g) if augment else x), images.y[i]
 
-# %% ../nbs/00_data.ipynb #c041
+# %% ../nbs/00_data.ipynb #c044
 def sample(
     data:Data,
     n:int=64, # images
@@ -419,7 +439,7 @@ def sample(
     i = order[torch.argsort(rank, stable=True)[:n]].to(data.train.x.device)
     return data.normalise(data.train.x[i]), data.train.y[i]
 
-# %% ../nbs/00_data.ipynb #c046
+# %% ../nbs/00_data.ipynb #c049
 def make_mini(
     folder:Path, # where the three files are written
     root:str|Path|None=None, # of the whole set
@@ -436,4 +456,4 @@ def make_mini(
         grid = x.view(-1, 125, 3, 32, 32).permute(0, 3, 1, 4, 2).reshape(-1, 125*32, 3).numpy()
         buffer = io.BytesIO(); Image.fromarray(grid).save(buffer, 'webp', lossless=True, quality=100, method=6)
         write_whole(folder/f'cifar10-mini-{s}.webp', buffer.getvalue())
-    write_whole(folder/'cifar10-mini.json', json.dumps(about))
+    write_about(folder/'cifar10-mini.json', about)
