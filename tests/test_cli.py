@@ -13,7 +13,7 @@ from PIL import Image
 from xprune_nb import cli, experiments
 from xprune_nb.cli import PRESETS, main, preset
 from xprune_nb.criteria import CRITERIA
-from xprune_nb.data import DATASETS
+from xprune_nb.data import DATASETS, read_about, write_about
 from xprune_nb.experiments import ROW_MIME, Run
 from xprune_nb.model import MODELS, baseline, baselines
 from xprune_nb.results import thesis
@@ -168,6 +168,13 @@ def test_without_a_word_it_says_what_there_is(capsys):
     assert Counter(re.findall(r'\b[\w.-]+\b(?!/:)', re.sub(r'\S+/:', '', have['notebooks']))) == Counter(stems)
     assert list(todo) == ['look', 'study', 'docs'] and todo['study'].startswith('xprune study ')
     assert len(out.splitlines()) < 40 and max(map(len, out.splitlines())) <= 110
+
+def test_baselines_beside_the_study_are_named(capsys, monkeypatch, tmp_path):
+    about = read_about(baseline().folder/f'baseline-{baseline().name}.json'); monkeypatch.setenv('XPRUNE_BASELINES', str(tmp_path))
+    for name, accuracy in dict(zoo=.7, ant=.71234).items(): write_about(tmp_path/f'baseline-{name}.json', {**about, 'name': name, 'test_accuracy': accuracy})
+    assert main([]) == 0
+    assert sections(capsys.readouterr().out)[0]['baselines'] == f'ant: 0.7123 on test {baseline().name}: {baseline().test_accuracy:.4f} on test zoo: 0.7000 on test'
+    assert baselines() == ['ant', baseline().name, 'zoo']
 
 @pytest.mark.parametrize('how', [['-m', 'xprune_nb'], ['-c', 'from xprune_nb.cli import main; main()']], ids=['module', 'command'])
 def test_it_says_so_from_anywhere_and_without_torch(how, tmp_path, capsys):

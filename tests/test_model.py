@@ -1,6 +1,8 @@
 """Networks against their definition counted another way (Torch-Pruning, torch.fx); weights and the baseline under every kind of damage."""
 import hashlib, json, re, shutil, subprocess, sys
+from dataclasses import replace
 
+import pandas as pd
 import pytest
 import safetensors.torch
 import torch
@@ -10,7 +12,7 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from xprune_nb import model as room
-from xprune_nb.model import MODELS, STEMS, baseline, baselines, batch_norms, build, convs, cost, load_weights, read_weights, save_weights
+from xprune_nb.model import MODELS, STEMS, baseline, baselines, batch_norms, beside_study, build, convs, cost, load_weights, read_weights, rounded, save_baseline, save_weights
 
 says = lambda *parts: '.*'.join(map(re.escape, parts))
 same = lambda a, b: a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a)
@@ -210,7 +212,7 @@ def test_weights_of_another_architecture_change_nothing(tmp_path, wrong, message
 @pytest.mark.parametrize('name,e', FILES)
 def test_stored_weights_are_the_recorded_ones(name, e):
     base = baseline(name)
-    path = room.ASSETS/f'{name}-epoch{e}.safetensors'
+    path = base.folder/f'{name}-epoch{e}.safetensors'
     assert hashlib.sha256(path.read_bytes()).hexdigest() == base.files[e]
     w, net = base.weights(e), base.net(e)
     assert same(net.state_dict(), w) and not net.training and all(v.isfinite().all() for v in w.values())
@@ -224,7 +226,7 @@ def test_the_story_fits_together(name):
     assert same(base.weights('last'), base.weights(base.epochs[-1])) and not same(base.weights(), base.weights(0))
     recipe = Recipe(**base.recipe)
     assert 0 == base.epochs[0] < base.epochs[1] and base.epochs[-1] <= recipe.epochs and base.data in DATASETS and base.name == name
-    assert sorted(p.name for p in room.ASSETS.glob(f'{name}-epoch*')) == sorted(f'{name}-epoch{e}.safetensors' for e in base.files)
+    assert sorted(p.name for p in base.folder.glob(f'{name}-epoch*')) == sorted(f'{name}-epoch{e}.safetensors' for e in base.files)
     assert 0 < base.test_accuracy < 1 and {'epoch', 'train_accuracy', 'val_accuracy'} <= set(base.history) and {'torch', 'torchvision'} <= set(base.versions)
 
 @pytest.mark.parametrize('name', baselines())
@@ -236,6 +238,16 @@ def test_first_weights_that_can_not_be_made_again_are_refused(name, monkeypatch)
     with pytest.raises(ValueError, match=says(f'the first weights of {name} can not be made again: torch ', 'Rewind to one of: 5, 50, last')): base.weights(0)
     with pytest.raises(ValueError, match='can not be made again'): base.net(0)
     assert same(base.net('last').state_dict(), base.weights('last'))
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', baselines())
+def test_the_recorded_accuracy_is_that_of_what_is_stored(name):
+    "On all test images; a processor that rounds in another way may turn a few of them"
+    from xprune_nb.data import cache_dir, load
+    from xprune_nb.training import evaluate
+    base = baseline(name)
+    if not (cache_dir()/base.data/'test_batch.bin').exists(): pytest.skip('the cache does not hold the whole set')
+    data = load(base.data); assert evaluate(base.net(), data.test, data)[0] == pytest.approx(base.test_accuracy, abs=5e-4)
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', baselines())
@@ -256,10 +268,91 @@ def test_epochs_that_are_not_kept(e):
 @pytest.mark.parametrize('harm', [lambda p: p.write_bytes(p.read_bytes()[:-1]), lambda p: p.write_bytes(b''), lambda p: p.unlink(),
                                   lambda p: save_weights(build(seed=99), p)], ids=['last byte', 'empty', 'gone', 'others'])
 def test_a_damaged_baseline_is_refused(tmp_path, monkeypatch, harm):
-    base = baseline()
-    for p in room.ASSETS.glob(f'*{base.name}*'): shutil.copy(p, tmp_path)
+    for p in room.ASSETS.glob(f'*{baseline().name}*'): shutil.copy(p, tmp_path)
     monkeypatch.setattr(room, 'ASSETS', tmp_path)
+    base = baseline()
     path = tmp_path/f'{base.name}-epoch{base.epochs[-1]}.safetensors'
     harm(path)
     with pytest.raises(OSError, match=f'{re.escape(path.name)}( is damaged|$)'): base.net()
     assert same(base.weights(0), base.net(0).state_dict()) and len(base.weights(base.epochs[1]))  # the others are as good as before
+
+# --- baselines beside the study ---
+
+@pytest.fixture
+def beside(tmp_path, monkeypatch):
+    monkeypatch.setenv('XPRUNE_BASELINES', str(tmp_path/'beside')); return tmp_path/'beside'
+
+STATES = {2: build(seed=8).state_dict(), 10: build(seed=9).state_dict()}
+def story(**kw): return dict(weights=STATES, history=pd.DataFrame(dict(epoch=[1, 2], train_accuracy=[.1, .25], val_accuracy=[.1, 1/3])), recipe=dict(epochs=10, lr=.1), measure=lambda net: .5, seed=4) | kw
+
+def test_where_baselines_lie(monkeypatch, tmp_path):
+    monkeypatch.delenv('XPRUNE_BASELINES', raising=False)
+    assert beside_study() == room.ASSETS.parent.parent/'figures'/'thesis'/'baselines' and baseline().folder == room.ASSETS
+    monkeypatch.setenv('XPRUNE_BASELINES', str(tmp_path)); assert beside_study() == tmp_path and baselines() == [baseline().name]
+    monkeypatch.setenv('XPRUNE_BASELINES', str(tmp_path/'none')); assert baselines() == [baseline().name]
+
+def test_what_is_stored_is_half_as_large_and_is_the_network(beside):
+    "numpy does the rounding here; the measured network is the one that is read later, and neither the early nor the full one"
+    measured = []
+    base = save_baseline('fake', **story(measure=lambda net: (measured.append((net.training, {k: v.clone() for k, v in net.state_dict().items()})), .25)[1]))
+    assert base == replace(baseline('fake'), history=base.history) and baseline('fake').history.equals(base.history) and base.history.val_accuracy[1] == 1/3
+    assert (base.test_accuracy, base.seed, base.recipe, base.epochs, base.folder) == (.25, 4, dict(epochs=10, lr=.1), [0, 2, 10], beside)
+    for e, full in STATES.items():
+        stored, read = safetensors.torch.load_file(beside/f'fake-epoch{e}.safetensors'), base.weights(e)
+        for k, v in full.items():
+            assert stored[k].dtype == (torch.float16 if v.ndim > 1 else v.dtype) and read[k].dtype == v.dtype
+            assert (read[k].numpy() == (v.numpy().astype('float16') if v.ndim > 1 else v.numpy())).all()
+        assert (beside/f'fake-epoch{e}.safetensors').stat().st_size < .53*(room.ASSETS/f'{baseline().name}-epoch5.safetensors').stat().st_size
+    (training, state), = measured
+    assert not training and same(state, base.weights()) and same(base.net().state_dict(), state) and not same(state, STATES[10])
+    assert same(base.weights(0), build(seed=4).state_dict()) and baselines() == ['fake', baseline().name] and set(base.versions) == {'torch', 'torchvision'}
+
+def test_another_network_with_its_stem(beside):
+    net = build('resnet18', 100, 'cifar', 3)
+    base = save_baseline('small', **story(weights={1: net.state_dict()}, model='resnet18', stem='cifar', data='cifar100', classes=100, seed=3))
+    assert list(base.first) == ['fc.weight'] and base.first['fc.weight'] == pytest.approx(net.fc.weight.flatten()[-4:].tolist(), abs=1e-7)
+    assert base.net().conv1.weight.shape == (64, 3, 3, 3) and same(base.net('last').state_dict(), base.weights(1))
+
+def test_numbers_that_would_vanish_stay():
+    "One a channel, as small as running means are; a weight of that size is 0 then, in the file as in the network"
+    half = rounded({'norm.running_mean': torch.tensor([1e-13, 3.]), 'conv.weight': torch.tensor([[1e-13, 3.]]), 'norm.num_batches_tracked': torch.tensor(7), 'table': torch.ones(2, 2, dtype=torch.int64)})
+    assert half['norm.running_mean'].tolist() == [torch.tensor(1e-13).item(), 3] and half['conv.weight'].tolist() == [[0, 3]] and half['norm.num_batches_tracked'] == 7 and half['table'].dtype == torch.int64
+
+@pytest.mark.parametrize('name', ['fake', baseline().name])
+def test_a_name_that_is_taken_is_refused(beside, name):
+    save_baseline('fake', **story()); before = {p.name: p.read_bytes() for p in beside.iterdir()}
+    with pytest.raises(ValueError, match=says(f"there is a baseline called '{name}' already: choose another name")): save_baseline(name, **story(seed=5))
+    assert {p.name: p.read_bytes() for p in beside.iterdir()} == before and len(before) == 3
+
+@pytest.mark.parametrize('wrong,message', [
+    (dict(model='mobilenet'), "no model called 'mobilenet'; did you mean 'mobilenet_v2'?"), (dict(data='cifar'), "no data set called 'cifar'"), (dict(classes=7), 'the weights are not of this architecture (2 tensors differ'),
+    (dict(weights={2: STATES[2], 10: {**STATES[10], 'classifier.1.weight': STATES[10]['classifier.1.weight']*1e7}}), 'classifier.1.weight has numbers that half precision has not'),
+    (dict(weights={2: {**STATES[2], 'classifier.1.bias': STATES[2]['classifier.1.bias']*torch.nan}, 10: STATES[10]}), 'classifier.1.bias has numbers that half precision has not'),
+    (dict(weights={2: STATES[2], 10: {k: v for k, v in STATES[10].items() if 'running' not in k}}), 'the weights are not of this architecture (104 tensors differ')])
+def test_what_can_not_be_a_baseline_leaves_no_file(beside, wrong, message):
+    with pytest.raises(ValueError, match=says(message)): save_baseline('fake', **story(**wrong))
+    assert not beside.exists() and baselines() == [baseline().name]
+
+def test_a_baseline_that_was_not_written_to_its_end_is_not_listed(beside, monkeypatch):
+    with monkeypatch.context() as m:
+        m.setattr(room, 'write_about', lambda *a, **k: (_ for _ in ()).throw(OSError('the disk is full')))
+        with pytest.raises(OSError, match='the disk is full'): save_baseline('fake', **story())
+    assert baselines() == [baseline().name] and len(save_baseline('fake', **story()).files) == 2  # it can be made again
+
+@pytest.mark.parametrize('harm,message', [
+    (lambda d: (d/'fake-epoch10.safetensors').write_bytes((d/'fake-epoch10.safetensors').read_bytes()[:-1]), 'fake-epoch10.safetensors is damaged'), (lambda d: (d/'fake-epoch10.safetensors').unlink(), 'fake-epoch10.safetensors'),
+    (lambda d: save_weights(STATES[10], d/'fake-epoch10.safetensors'), 'fake-epoch10.safetensors is damaged (its SHA-256 is not the recorded one)'), # as good, but not what was measured
+    (lambda d: (d/'baseline-fake.json').write_text((d/'baseline-fake.json').read_text().replace('"test_accuracy": 0.5', '"test_accuracy": 0.6')), 'baseline-fake.json is damaged (its SHA-256 is not the recorded one). Get it anew'),
+    (lambda d: (d/'baseline-fake.json').write_text(''), 'baseline-fake.json cannot be read')])
+def test_damage_beside_the_study_is_refused_by_name(beside, harm, message):
+    save_baseline('fake', **story()); harm(beside)
+    with pytest.raises(OSError, match=says(message)): baseline('fake').net()
+    assert same(baseline().weights(5), baseline().net(5).state_dict())
+
+def test_first_weights_are_checked_by_what_the_page_says(beside):
+    base = save_baseline('fake', **story())
+    with pytest.raises(ValueError, match=says('the first weights of fake can not be made again', 'Rewind to one of: 2, 10, last')): replace(base, seed=5).weights(0)
+    about = room.read_about(beside/'baseline-fake.json'); (k, v), = about['first'].items(); v[2] += 1e-4
+    room.write_about(beside/'baseline-fake.json', about)
+    with pytest.raises(ValueError, match='the first weights of fake can not be made again'): baseline('fake').net(0)
+    assert same(baseline('fake').weights(2), base.weights(2))

@@ -114,7 +114,9 @@ def there(
     width:int=110, # of a line
 ) -> str: # a screenful
     "What there is, and what to do next"
-    networks = [json.loads(p.read_text()) for p in sorted((HOME/'assets').glob('baseline-*.json'))]
+    beside = Path(os.environ.get('XPRUNE_BASELINES') or HOME.parent/'figures'/'thesis'/'baselines')
+    stories = [p for folder in (HOME/'assets', beside) for p in folder.glob('baseline-*.json')]
+    networks = sorted((json.loads(p.read_text()) for p in stories), key=lambda b: b['name'])
     sets = [n for n in names('data', 'DATASETS') if not (HOME/'assets'/f'{n}.json').exists()]
     inside = [n for n in names('data', 'DATASETS') if n not in sets]
     runs = {n: math.prod(len(v) for v in p.values() if isinstance(v, list)) for n, p in PRESETS.items()}

@@ -225,15 +225,15 @@ def write_about(
 def read_about(
     path:Path, # as `write_about` left it
 ) -> dict: # what it was given
-    "What a file says of its neighbours (`OSError` if it is missing, or says anything else than was written)"
+    "What a file says of its neighbours (`OSError` if it is missing, or was changed)"
     of, anew = (' of the package', 'Install xprune_nb') if path.parent == ASSETS else ('', 'Get it')
     try:
         about = json.loads(path.read_text())
         known = about.pop('sha256', None)
     except (OSError, ValueError, TypeError, AttributeError) as e: # not there, no JSON, no table
         raise OSError(f'{path.name}{of} cannot be read ({e}). {anew} anew') from e
-    if known != _digest(about): raise OSError(f'{path.name}{of} is damaged (its SHA-256 is not the recorded one). {anew} anew')
-    return about
+    if known == _digest(about): return about
+    raise OSError(f'{path.name}{of} is damaged (its SHA-256 is not the recorded one). {anew} anew')
 
 # %% ../nbs/00_data.ipynb #c019
 def normalisation(
@@ -384,7 +384,8 @@ def load(
 # %% ../nbs/00_data.ipynb #c025
 def __getattr__(name:str):
     "What went to `charts`, which is imported only then"
-    if name not in ('COLOURS', 'charts', 'sheet'): raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    if name not in ('COLOURS', 'charts', 'sheet'):
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
     from xprune_nb import charts
     return getattr(charts, name)
 
