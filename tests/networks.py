@@ -14,7 +14,8 @@ def restless(net):
     "Batch norms far from the identity, so that forgetting one shows"
     for m in net.modules():
         if isinstance(m, nn.BatchNorm2d):
-            for t, lo, hi in (m.running_mean, -.3, .3), (m.running_var, .3, 1.5), (m.weight, .7, 1.5), (m.bias, -.3, .3): nn.init.uniform_(t, lo, hi)
+            for t, lo, hi in (m.running_mean, -.3, .3), (m.running_var, .3, 1.5), (m.weight, .7, 1.5), (m.bias, -.3, .3):
+                if t is not None: nn.init.uniform_(t, lo, hi)
     return net.eval()
 
 def sequential():
