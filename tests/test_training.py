@@ -14,13 +14,14 @@ from torch.testing import assert_close
 
 from xprune_nb.data import Images, load, loader
 from xprune_nb.model import build, convs, save_weights
-from xprune_nb.pruning import cut, groups, plan, silence, silenced
+from xprune_nb.pruning import cut, groups, plan, silence, silenced, silencer
 from xprune_nb.training import DECAYS, Recipe, evaluate, fast_on_cpu, fit, recalibrate, steps_of
 
 says = lambda *parts: '.*'.join(map(re.escape, parts))
 same = lambda a, b: a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a)
 snapshot = lambda net: {k: v.clone() for k, v in net.state_dict().items()}
 timeless = lambda history: history.frame.drop(columns='seconds')
+keep_silent = lambda net, p: dict(after_step=silencer(net, p)) if p else {}  # what `fit` is told, so that filters are silent and stay so
 
 def small(dropout=.2, seed=0, bias=False, classes=10):
     "A MobileNet of three convolutions, the last one linear"
@@ -108,7 +109,7 @@ def test_fit_is_the_loop_of_the_textbook(kw, silent):
     recipe, data, seed = Recipe(epochs=2, **dict(dict(batch_size=64), **kw)), some(), 5
     net, twin = small(0.), small(0.)
     p = {n: torch.arange(c.out_channels) % 3 > 0 for n, c in convs(net).items()} if silent else None
-    history = fit(net, data, recipe, seed, plan=p, progress=False).frame
+    history = fit(net, data, recipe, seed, progress=False, **keep_silent(net, p)).frame
     if silent: silence(twin, p)
     velocity, rows, rates = {}, [], recipe.rates()
     for epoch in (1, 2):
@@ -152,7 +153,7 @@ def test_silent_filters_stay_silent_at_every_step(bias):
     p = {n: torch.arange(c.out_channels) % 2 == 0 for n, c in convs(net).items()}
     quiet, steps = lambda: all(t[~p[n]].eq(0).all() for n, c in convs(net).items() for m in (c, net[int(n)+1]) for t in m.parameters()), []
     net.register_forward_pre_hook(lambda m, args: steps.append(quiet()))
-    fit(net, some(), Recipe(epochs=2, batch_size=32, lr=.1, weight_decay=.01), plan=p, progress=False)
+    fit(net, some(), Recipe(epochs=2, batch_size=32, lr=.1, weight_decay=.01), progress=False, **keep_silent(net, p))
     assert all(steps) and len(steps) == 2*(5+1) and quiet()
     assert all(net[int(n)+1].bias[k].ne(0).all() for n, k in p.items())  # while the others learn
 
@@ -162,7 +163,7 @@ def test_a_silenced_network_learns_what_the_cut_one_learns():
     g = torch.Generator().manual_seed(1)
     p = plan({n: torch.rand(c.out_channels, generator=g) for n, c in convs(net).items()}, .5, coupling='coupled', groups=gs)
     little, recipe = cut(net, p), Recipe(epochs=3, batch_size=50, lr=.05)
-    loud, quiet = fit(little, some(), recipe, progress=False), fit(net, some(), recipe, plan=p, progress=False)
+    loud, quiet = fit(little, some(), recipe, progress=False), fit(net, some(), recipe, progress=False, **keep_silent(net, p))
     x = mini().normalise(mini().test.x[:50])
     with torch.no_grad(): assert_close(net(x), little(x), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(timeless(loud), timeless(quiet), rtol=1e-5)
@@ -198,21 +199,22 @@ def test_steps_are_the_loaders(n, batch):
     pixels = Images(torch.zeros(n, 3, 1, 1, dtype=torch.uint8), torch.zeros(n, dtype=torch.int64))
     assert steps_of(n, batch) == sum(1 for _ in loader(pixels, mini(), batch, seed=0))
 
-# --- a plan that grows ---
+# --- a network that changes while it learns ---
 
 every = lambda k, r=0: {n: torch.arange(c.out_channels) % k != r for n, c in convs(small()).items()}
 both = lambda a, b: {n: a[n] & b[n] for n in a}
+obey = lambda p: lambda model, opt: (model, opt, silencer(model, p))  # a change: from here on, these filters are silent
 
 def test_a_plan_that_grows_is_obeyed_from_that_step_on():
     "By the loop of the textbook; the plan is made in eval mode, by the plain network, and what it draws is nobody else's business"
     recipe, data, net, twin, met = Recipe(epochs=2, batch_size=40, lr=.05), some(), small(0.), small(0.), []
     plans = {2: every(4), 5: both(every(4), every(3)), 8: both(both(every(4), every(3)), every(2, 1))}
     def make(step):
-        def f(model):
+        def f(model, opt):
             torch.rand(5); met.append((step, model.training, any('forward' in vars(c) for c in convs(model).values())))
-            return plans[step]
+            return obey(plans[step])(model, opt)
         return f
-    fit(net, data, recipe, 1, progress=False, grow={s: make(s) for s in plans})
+    fit(net, data, recipe, 1, progress=False, change={s: make(s) for s in plans})
     opt, step = torch.optim.SGD(twin.parameters(), .05, .9, weight_decay=1e-4), 0
     p = None
     for epoch in (1, 2):
@@ -224,23 +226,45 @@ def test_a_plan_that_grows_is_obeyed_from_that_step_on():
     assert step == 8 and met == [(s, False, False) for s in plans] and not net.training
     assert_close(dict(net.state_dict()), dict(twin.state_dict()), rtol=1e-4, atol=1e-6)
 
+def test_another_network_goes_on_where_one_has_ended():
+    "It is the one that learns, is validated, shown and left in eval mode from there on, at the rates of the recipe; the first is left as it was then"
+    recipe, data, first, heir, twin = Recipe(epochs=3, batch_size=64, lr=.05, decay='step'), some(), small(0.), small(0., 5), small(0., 5)
+    shown, quiet, rates = [], [], []
+    def heiress(model, opt):
+        assert model is first and opt.param_groups[0]['lr'] == recipe.rates()[1] and not heir.training
+        heir.register_forward_pre_hook(lambda m, args: rates.append(new.param_groups[0]['lr']) if m.training else None)
+        shown.append(snapshot(first)); new = torch.optim.SGD(heir.train().parameters(), 77., .9, weight_decay=1e-4)
+        return heir, new, lambda: quiet.append(len(rates))
+    frame = fit(first, data, recipe, 2, progress=False, change={4: heiress}, each_epoch=lambda epoch, model: shown.append((epoch, model is first, model is heir))).frame
+    assert shown[0] == (1, True, False) and shown[2:] == [(2, False, True), (3, False, True)] and same(first.state_dict(), shown[1])
+    assert quiet == list(range(6)) and rates == [recipe.rates()[1]]*2 + [recipe.rates()[2]]*3  # at once, and after each of the steps 5 to 9
+    opt, step = torch.optim.SGD(twin.parameters(), 1., .9, weight_decay=1e-4), 0
+    for epoch in (1, 2, 3):
+        for x, y in loader(data.train, data, 64, 2, epoch):
+            step += 1
+            if step <= 4: continue
+            opt.param_groups[0]['lr'] = recipe.rates()[epoch-1]; loss = F.cross_entropy(twin.train()(x), y); opt.zero_grad(); loss.backward(); opt.step()
+    assert_close(dict(heir.state_dict()), dict(twin.state_dict()), rtol=1e-4, atol=1e-6)
+    assert frame.val_accuracy.tolist()[1:] == [frame.val_accuracy[1], evaluate(heir, data.val, data)[0]] and not heir.training and not first.training
+    assert not any('forward' in vars(c) for net in (first, heir) for c in convs(net).values())
+
 def test_after_the_last_step_nothing_is_learnt():
     "A plan that grows when all is over silences, to the bit, the network that learnt without it"
     nets = [small(.5), small(.5)]
-    fit(nets[0], some(), Recipe(epochs=2, batch_size=64), 3, progress=False, grow={6: lambda m: every(2)})
+    fit(nets[0], some(), Recipe(epochs=2, batch_size=64), 3, progress=False, change={6: obey(every(2))})
     fit(nets[1], some(), Recipe(epochs=2, batch_size=64), 3, progress=False)
     assert same(nets[0].state_dict(), silence(nets[1], every(2)).state_dict())
 
 @pytest.mark.parametrize('steps', [0, -1, 7])
-def test_growth_at_a_step_that_there_is_not(steps):
-    with pytest.raises(ValueError, match=says(f'the plan shall grow after step {steps}, expected 1 to 6')): fit(small(), some(), Recipe(epochs=2, batch_size=64), progress=False, grow={steps: lambda m: every(2)})
+def test_a_change_at_a_step_that_there_is_not(steps):
+    with pytest.raises(ValueError, match=says(f'the network shall change after step {steps}, expected 1 to 6')): fit(small(), some(), Recipe(epochs=2, batch_size=64), progress=False, change={steps: obey(every(2))})
 
-def test_growth_and_checkpoints_do_not_go_together(tmp_path):
-    with pytest.raises(ValueError, match='expected one of them: a checkpoint does not keep what has grown'): fit(small(), some(), Recipe(epochs=1), progress=False, checkpoint=tmp_path/'c', grow={1: lambda m: every(2)})
+def test_changes_and_checkpoints_do_not_go_together(tmp_path):
+    with pytest.raises(ValueError, match='expected one of them: a checkpoint does not keep what has changed'): fit(small(), some(), Recipe(epochs=1), progress=False, checkpoint=tmp_path/'c', change={1: obey(every(2))})
 
-def test_growth_that_breaks_leaves_an_ordinary_network():
+def test_a_change_that_breaks_leaves_an_ordinary_network():
     net = small()
-    with pytest.raises(ZeroDivisionError): fit(net, some(), Recipe(epochs=1, batch_size=64), progress=False, grow={1: lambda m: 1/0})
+    with pytest.raises(ZeroDivisionError): fit(net, some(), Recipe(epochs=1, batch_size=64), progress=False, change={1: lambda m, opt: 1/0})
     assert not net.training and not any('forward' in vars(c) for c in convs(net).values())
 
 # --- what training leaves alone ---
@@ -284,7 +308,7 @@ def train(path=None, kill_at=None, kill_after_steps=None, **kw):
     def count(m, args):
         if m.training and next(steps) == kill_after_steps: raise Killed
     net.register_forward_pre_hook(count)
-    history = fit(net, some(), **dict(dict(recipe=RECIPE, seed=3, plan=SILENT, progress=False, checkpoint=path, each_epoch=die), **kw))
+    history = fit(net, some(), **dict(dict(recipe=RECIPE, seed=3, progress=False, checkpoint=path, each_epoch=die, **keep_silent(net, SILENT)), **kw))
     return net.state_dict(), timeless(history)
 
 @cache
@@ -350,20 +374,21 @@ def test_checkpoints_of_another_training_are_refused(checkpoint, tmp_path, other
 def test_checkpoints_of_another_network_plan_or_data_are_refused(checkpoint, tmp_path):
     path = tmp_path/'c.safetensors'; path.write_bytes(checkpoint)
     def refused(message, net, data=some(), p=None):
-        before = snapshot(net)
-        with pytest.raises(ValueError, match=message): fit(net, data, RECIPE, 3, plan=p, progress=False, checkpoint=path)
+        before = snapshot(silence(net, p) if p else net)
+        with pytest.raises(ValueError, match=message): fit(net, data, RECIPE, 3, progress=False, checkpoint=path, **keep_silent(net, p))
         assert same(net.state_dict(), before)
     refused('holds another training', small(.5), some(100), SILENT)
-    refused('holds another training', small(.5))
+    refused('nothing held still after a step', small(.5))
+    refused('set out from other weights', small(.5), p=every(3))
     refused('not of this architecture', small(.5, classes=7), p=SILENT)
     save_weights(small(), path)
     refused('c.safetensors is no checkpoint', small(.5))
 
 def test_checkpoints_of_other_starting_weights_are_refused(checkpoint, tmp_path):
     path = tmp_path/'c.safetensors'; path.write_bytes(checkpoint)
-    for harm in (lambda net: net[0].weight.data.flatten()[0].add_(1e-6), lambda net: net[1].running_mean.add_(1e-6)):
-        net = small(.5); harm(net); before = snapshot(net)
-        with pytest.raises(ValueError, match=says('c.safetensors holds a training that set out from other weights (SHA-256 ', 'Name another checkpoint')): fit(net, some(), RECIPE, 3, plan=SILENT, progress=False, checkpoint=path)
+    for harm in (lambda net: net[0].weight.data[1].flatten()[0].add_(1e-6), lambda net: net[1].running_mean.add_(1e-6)):
+        net = silence(small(.5), SILENT); harm(net); before = snapshot(net)
+        with pytest.raises(ValueError, match=says('c.safetensors holds a training that set out from other weights (SHA-256 ', 'Name another checkpoint')): fit(net, some(), RECIPE, 3, progress=False, checkpoint=path, **keep_silent(net, SILENT))
         assert same(net.state_dict(), before)
 
 # --- recalibrate ---
@@ -405,13 +430,13 @@ def test_recalibration_is_the_seeds_and_can_be_repeated():
     net = small(); once = snapshot(recalibrate(net, some())); assert same(recalibrate(net, some()).state_dict(), once)
 
 def test_silent_filters_are_silent_while_statistics_are_taken():
-    "Whether or not somebody has silenced them before"
-    p = {n: torch.arange(c.out_channels) % 2 == 0 for n, c in convs(small()).items()}
-    before, after = recalibrate(silence(small(), p), some(), plan=p), recalibrate(small(), some(), plan=p)
-    assert same(before.state_dict(), after.state_dict())
+    "And the others' are those of the network without them"
+    p = plan({n: torch.rand(c.out_channels, generator=torch.Generator().manual_seed(2)) for n, c in convs(small()).items()}, .5, coupling='coupled', groups=groups(small()))
+    net, little = recalibrate(silence(small(), p), some()), recalibrate(cut(small(), p), some())
     for n, k in p.items():
-        m = before[int(n)+1]
+        m, other = net[int(n)+1], little[int(n)+1]
         assert m.running_mean[~k].eq(0).all() and m.weight[~k].eq(0).all() and m.running_mean[k].ne(0).all()
+        for key in 'running_mean', 'running_var': assert_close(getattr(m, key)[k], getattr(other, key), rtol=1e-4, atol=1e-6)
 
 def test_recalibration_that_breaks_gives_the_momentum_back():
     net = small()

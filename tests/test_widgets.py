@@ -15,7 +15,7 @@ from xprune_nb.criteria import ATTRIBUTIONS, CRITERIA, attributions, score
 from xprune_nb.charts import COLOURS
 from xprune_nb.data import Data, Images, load, sample
 from xprune_nb.model import cost
-from xprune_nb.pruning import cut, groups, plan
+from xprune_nb.pruning import cut, groups, plan, silence
 from xprune_nb.training import evaluate, recalibrate
 from xprune_nb.widgets import (PARTS, WHOLE, Cache, Choice, FilterExplorer, LiveChart, Picture, Workbench, bars_chart, cost_html, disagreement_chart, grid_of, maps_image,
                                network_strip, own_images, size_of, strip_of, tiles, top_images)
@@ -113,7 +113,7 @@ def test_the_cost_is_that_of_the_cut_network(name):
 
 def test_accuracy_is_measured_on_held_out_images_after_recalibration():
     b, how = bench(), Choice(criterion='taylor', ratio=.5)
-    net = recalibrate(copy.deepcopy(b.model), b.data, images=b.sizes()[0], plan=b.plan(how))
+    net = recalibrate(silence(copy.deepcopy(b.model), b.plan(how)), b.data, images=b.sizes()[0])
     assert b.accuracy(how) == pytest.approx(evaluate(net, b.data.val, b.data)[0]) and len(b.held_out().y) == len(b.data.val.y)
     assert b.accuracy() == pytest.approx(evaluate(b.model, b.data.val, b.data)[0])
 

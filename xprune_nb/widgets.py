@@ -36,7 +36,7 @@ from .charts import COLOURS, charts
 from .core import one_of, write_whole
 from .data import Data, Images, hold_out, load, normalisation, sample
 from .model import baseline, convs, cost
-from .pruning import COUPLINGS, SCOPES, Plan, check_ratio, costing, groups, kept, plan
+from .pruning import COUPLINGS, SCOPES, Plan, check_ratio, costing, groups, kept, plan, silence
 from .results import save
 from .training import evaluate, recalibrate
 
@@ -355,7 +355,7 @@ class Workbench(Scoring):
             p = self.plan(choice)
             net = copy.deepcopy(self.model)
             yield .1
-            recalibrate(net, self.data, self.seed, self.sizes()[0], p)
+            recalibrate(silence(net, p), self.data, self.seed, self.sizes()[0])
             yield .5
         for i in torch.arange(len(some.y), device=some.y.device).split(250):
             right += evaluate(net, some.take(i), self.data)[0]*len(i); seen += len(i)
