@@ -1,5 +1,5 @@
 """Points, differences and the explorer's state against scipy and plain pandas, on rows made up so that the answer is known; no browser."""
-import json, re
+import hashlib, json, re
 from dataclasses import asdict, fields
 from itertools import product
 
@@ -12,7 +12,7 @@ from scipy import stats
 
 from xprune_nb.compare import StudyExplorer, as_html, axes, choices, choose, comparison, difference, differing, in_words, points, run_table, runs_at, study_rows
 from xprune_nb.charts import COLOURS
-from xprune_nb.experiments import LATER, Run
+from xprune_nb.experiments import LATER, Run, run_of
 from xprune_nb.results import paired
 
 says = lambda *parts: '.*'.join(map(re.escape, parts))
@@ -27,9 +27,10 @@ def made(seeds=(0, 1, 2), criteria=CRITERIA, ratios=RATIOS, schedules=('oneshot'
         versions=dict(torch='2.14.1')) | also for s, c, r, k in product(schedules, criteria, ratios, seeds)])
 
 def store_of(rows, folder):
-    "A store with these rows; the first run's notebook is there"
-    for r in rows.to_dict('records'): (folder/f"{r['run_id']}.json").write_text(json.dumps(r, default=float))
-    (folder/f'{rows.run_id.iloc[0]}.ipynb').write_text('{}')
+    "A store with these rows, each beside its page"
+    for r in rows.to_dict('records'):
+        r |= dict(run_id=run_of(r).id, page=hashlib.sha256(b'{}').hexdigest())
+        (folder/f"{r['run_id']}.json").write_text(json.dumps(r, default=float)); (folder/f"{r['run_id']}.ipynb").write_text('{}')
     return folder
 
 def tables(chart): return [pd.DataFrame(d) for d in chart.to_dict(validate=False)['datasets'].values()]
@@ -218,14 +219,16 @@ def test_runs_link_to_the_notebooks_that_are_there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path/'a store').mkdir(); store = store_of(made(), tmp_path/'a store')
     rows = study_rows(store)
-    first = rows[rows.run_id == made().run_id.iloc[0]]
+    first = rows[rows.run_id == run_of(made().iloc[0]).id]
+    for p in store.glob('*.ipynb'):
+        if p.stem != first.run_id.iloc[0]: p.unlink()  # of the others they were taken away since
     runs = runs_at(rows, first.point.iloc[0])
     table = run_table(runs, store)
     assert (table.notebook != '').tolist() == [r == first.run_id.iloc[0] for r in runs.run_id] and table.seed.tolist() == ['0', '1', '2'] and (table.minutes == '1.5').all()
     path, = table.notebook[table.notebook != '']
     assert path == f'a store/{first.run_id.iloc[0]}.ipynb' and f'href="a%20store/{first.run_id.iloc[0]}.ipynb"' in as_html(table, 'runs')
     assert (run_table(runs).notebook == '').all()
-    e = StudyExplorer('a store'); e.a.value = first.point.iloc[0]
+    e = StudyExplorer(rows, store='a store'); e.a.value = first.point.iloc[0]
     assert e.runs['a'].outputs[0]['data']['text/html'].count('<a href=') == 1
 
 def test_a_table_shows_text_as_text():

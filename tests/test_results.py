@@ -439,3 +439,19 @@ def test_the_readme_says_what_the_tables_of_coupling_say():
         found = re.findall(rf'(\d\.\d{{3}}) \((\d\.\d{{3}}) {to} (\d\.\d{{3}})\)', text)
         assert found == [tuple(f'{w[c]:.3f}' for c in ('mean', 'low', 'high')) for w in want]
     assert {*parts[parts.data == 'embedded images'].n} == {5}
+
+# --- what a run does not ask for, and what decides its row all the same ---
+
+@pytest.mark.parametrize('f', [summary, paired], ids=lambda f: f.__name__)
+@pytest.mark.parametrize('column,values', [('processor', ['a', 'b']), ('processor', ['a', None]), ('device', ['cpu', 'cuda']), ('threads', [1, 2])], ids=str)
+def test_rows_of_two_machines_are_not_averaged_or_paired(f, column, values):
+    both = pd.concat([made(**{column: v}).assign(seed=lambda t: t.seed + 10*i) for i, v in enumerate(values)])
+    with pytest.raises(ValueError, match=f'the rows differ in {column}'): f(both)
+    if column != 'threads': assert len(f(both.drop(columns=column))) == len(f(made()))  # told to
+    assert len(f(both[both[column] == values[0]])) == len(f(made()))
+
+def test_networks_are_what_a_mean_runs_over_where_each_seed_has_its_own():
+    rows = noisy()
+    own = rows.assign(baseline=rows.seed.map('net {}'.format))
+    for f in summary, paired: pd.testing.assert_frame_equal(f(own), f(rows))
+    with pytest.raises(ValueError, match='the rows differ in baseline'): summary(rows.assign(baseline=np.where(rows.seed == 2, 'b', 'a'), seed=rows.seed.replace(2, 1))[lambda t: ~t.duplicated([*BY, 'seed', 'baseline'])])
