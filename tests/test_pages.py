@@ -58,7 +58,7 @@ def test_a_page_shows_what_it_worked_out(path):
 # --- words ---
 
 WORDS = 'filter', 'score', 'attribution', 'ratio', 'group', 'coupling', 'silence', 'cut', 'plan', 'rewind', 'run', 'row'
-ENTRY = re.compile(r'^\| \*\*(.+?)\*\* \(\*(.+?)\*\) \| (.+) \| `(\w+)` in \[(\w+)\]\((\S+)\) \|$', re.M)
+ENTRY = re.compile(r'^\| \*\*(.+?)\*\* \(\*(.+?)\*\) \| (.+) \| `(\w+)` in \[([\w/]+)\]\((\S+)\) \|$', re.M)
 
 @cache
 def entries(): return [m.groups() for c in cells(NBS/'glossary.ipynb', 'markdown') for m in ENTRY.finditer(c)]
@@ -74,8 +74,8 @@ def test_the_glossary_has_no_word_twice_and_no_line_of_another_form():
 def test_each_word_leads_to_the_room_that_makes_it():
     for word, _, _, made_by, room, link in entries():
         assert link == f'{room}.ipynb' and (NBS/link).exists(), word
-        module = next(m[1] for c in cells(NBS/link, 'code') if (m := re.search(r'^#\| *default_exp (\w+)', c, re.M)))
-        names = next(ast.literal_eval(n.value) for n in ast.parse((ROOT/'xprune_nb'/f'{module}.py').read_text(encoding='utf-8')).body
+        module = next(m[1] for c in cells(NBS/link, 'code') if (m := re.search(r'^#\| *default_exp ([\w.]+)', c, re.M)))
+        names = next(ast.literal_eval(n.value) for n in ast.parse((ROOT/'xprune_nb'/f'{module.replace(".", "/")}.py').read_text(encoding='utf-8')).body
                      if isinstance(n, ast.Assign) and n.targets[0].id == '__all__')
         assert made_by in names, f'{word}: {room} makes no {made_by}'
 

@@ -381,15 +381,7 @@ def load(
     "Load a data set, fetching it once if it is not embedded; into memory, but for 'imagenet', which is streamed"
     return DATASETS[one_of(name, DATASETS, 'data set')](root)
 
-# %% ../nbs/00_data.ipynb #c025
-def __getattr__(name:str):
-    "What went to `charts`, which is imported only then"
-    if name not in ('COLOURS', 'charts', 'sheet'):
-        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    from xprune_nb import charts
-    return getattr(charts, name)
-
-# %% ../nbs/00_data.ipynb #c036
+# %% ../nbs/00_data.ipynb #c034
 def _jitter(x:Tensor, g:torch.Generator, pad:int=4) -> Tensor:
     "Random crop (`pad` black pixels around) and horizontal flip of uint8 images"
     n, _, h, w = x.shape
@@ -423,7 +415,7 @@ def loader(
         x = images.x[i]
         yield data.normalise(_jitter(x, g) if augment else x), images.y[i]
 
-# %% ../nbs/00_data.ipynb #c044
+# %% ../nbs/00_data.ipynb #c042
 def sample(
     data:Data,
     n:int=64, # images
@@ -440,7 +432,7 @@ def sample(
     i = order[torch.argsort(rank, stable=True)[:n]].to(data.train.x.device)
     return data.normalise(data.train.x[i]), data.train.y[i]
 
-# %% ../nbs/00_data.ipynb #c049
+# %% ../nbs/00_data.ipynb #c047
 def make_mini(
     folder:Path, # where the three files are written
     root:str|Path|None=None, # of the whole set

@@ -1,32 +1,25 @@
-"""Runs, grids and stores: a study killed by the system and taken up again, every way a run or a row can break, and papermill's page against the same run by hand."""
-import errno, itertools, json, math, os, re, signal, subprocess, sys, time
+"""Runs and grids: every way a run can be wrong, what happens in one step by step, what its row says and what it cost."""
+import functools, itertools, json, math, re
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
-import joblib
-import nbformat
 import numpy as np
 import pandas as pd
-import papermill
-import psutil
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from joblib.externals.loky import get_reusable_executor
-from papermill.exceptions import PapermillExecutionError
 
-from xprune_nb import experiments as room
 from xprune_nb.criteria import CRITERIA
 from xprune_nb.data import load
-from xprune_nb.experiments import CONTROLS, RETRAINS, ROW_MIME, Run, carry_out, execute, execute_one, grid, images_met, read_row, row, row_of, rows, run_notebook, scoring_macs, shuffled, stream
+from xprune_nb.experiments import CONTROLS, LATER, RETRAINS, USUAL, Run, asked, digest, grid, images_met, options, pack, predictions, processor, prune_steps, row, run as room, scoring_macs, shuffled, stream, unpack
 from xprune_nb.model import baseline, build, convs, cost
-from xprune_nb.pruning import cut, groups, kept, shares
+from xprune_nb.pruning import cut, groups, kept, shares, silence
 from xprune_nb.training import Recipe, evaluate
 
 says = lambda *parts: '.*'.join(map(re.escape, parts))
-found = lambda folder: sorted(p.name for p in Path(folder).iterdir())
 FIELDS = [f.name for f in fields(Run)]
 timeless = lambda r: {k: v for k, v in r.items() if not k.startswith(('seconds', 'latency'))}
+SHORT = dict(criterion='random', epochs=0, images=10)  # as short as a run can be
 
 @pytest.fixture(autouse=True, scope='module')
 def stopwatch():
@@ -34,23 +27,22 @@ def stopwatch():
     asked = []
     def latencies(models, shape, batch, device, **how):
         asked.append(([cost(m, shape).params.sum() for m in models], batch))
-        return [[.003, .001, .5], [.002, .001, .004]]
+        return [[.003, .001, .5] if n == 2_236_682 else [.002, .001, .004] for n in asked[-1][0]]
     with pytest.MonkeyPatch.context() as m: m.setattr(room, 'latencies', latencies); yield asked
-SHORT = dict(criterion='random', epochs=0, images=10)  # as short as a run can be
 
 # --- a run ---
 
 OTHER = dict(data='cifar10', criterion='lrp', schedule='iterative', ratio=.7, steps=2, share='linear', scope='global', coupling='coupled', reduce='max', normalise='rank', floor=2, control='shuffled',
-             retrain='scratch', rewind=0, epochs=2, lr=.02, decay='step', augment=False, images=32, path_steps=20, baseline_input='black', target='predicted', aggregate='max', seed=1)
+             retrain='scratch', rewind=0, epochs=2, lr=.02, decay='step', augment=False, images=32, path_steps=20, baseline_input='black', target='predicted', aggregate='max', seed=1, protect='features.0.0', round_to=8, norm='alive', composite='epsilon-plus', epsilon=1e-3, threads=2)
 
 def test_each_field_decides_the_id():
-    runs = [Run(), *(Run(**{k: v}) for k, v in OTHER.items()), Run(ratio=0), Run(ratio=0, macs_left=.3), Run(ratio=0, macs_left=.4), Run(floor=.1)]
-    assert set(OTHER) | {'baseline', 'macs_left'} == set(FIELDS)  # of the first there is one so far, the other is not alone
+    runs = [Run(), *(Run(**{k: v}) for k, v in OTHER.items()), Run(ratio=0), Run(ratio=0, macs_left=.3), Run(ratio=0, macs_left=.4), Run(floor=.1), *(Run(schedule='iterative', epochs_between=n) for n in (0, 1, 5))]
+    assert set(OTHER) | {'baseline', 'macs_left', 'epochs_between'} == set(FIELDS)  # of the first there is one so far, the others are not alone
     assert len({r.id for r in runs}) == len(set(runs)) == len(runs) and Run().id == Run(**asdict(Run())).id
     assert all(re.fullmatch(r'[\w.-]+', r.id) for r in runs)  # a name for a file anywhere
 
 @pytest.mark.parametrize('a,b', [(dict(ratio=0), dict(ratio=0.)), (dict(lr=1), dict(lr=1.)), (dict(seed=np.int64(3)), dict(seed=3)), (dict(ratio=np.float64(.7)), dict(ratio=.7)),
-                                 (dict(rewind=np.int64(0)), dict(rewind=0))], ids=str)
+                                 (dict(rewind=np.int64(0)), dict(rewind=0)), (dict(epsilon=1), dict(epsilon=1.)), (dict(augment=np.bool_(False)), dict(augment=False)), (dict(ratio=-0.), dict(ratio=0))], ids=str)
 def test_equal_runs_have_one_id(a, b): assert Run(**a) == Run(**b) and Run(**a).id == Run(**b).id
 
 def test_rows_of_earlier_studies_still_belong_to_their_runs():
@@ -85,7 +77,12 @@ def test_rows_of_earlier_studies_still_belong_to_their_runs():
     (dict(aggregate='l3'), "no aggregation called 'l3'"),
     (dict(ratio='0.5'), "ratio is '0.5' (str), expected float"), (dict(seed=1.5), 'seed is 1.5 (float), expected int'), (dict(seed=None), 'seed is None (NoneType), expected int'),
     (dict(augment='no'), "augment is 'no' (str), expected bool"), (dict(criterion=3), 'criterion is 3 (int), expected str'), (dict(epochs=True), 'epochs is True (bool), expected int'),
-    (dict(steps=2.5), 'steps is 2.5 (float), expected int'), (dict(rewind=5.5), 'rewind is 5.5 (float), expected int or str')], ids=str)
+    (dict(steps=2.5), 'steps is 2.5 (float), expected int'), (dict(rewind=5.5), 'rewind is 5.5 (float), expected int or str'),
+    (dict(threads=0), 'threads is 0, expected at least 1'), (dict(threads='2'), "threads is '2' (str), expected int"), (dict(threads=True), 'threads is True (bool), expected int'), (dict(threads=10**6), 'threads is 1000000, expected at most 1024'),
+    (dict(steps=10**30), f'steps is {10**30}, expected at most 1000'), (dict(schedule='gradual', steps=1001), 'steps is 1001, expected at most 1000'), (dict(epochs=10**30), 'expected at most 100000'), (dict(path_steps=10**30), 'expected at most 100000'), (dict(seed=2**63), 'expected a number below 2**63'),
+    (dict(epochs_between=2), "epochs_between is 2 and schedule is 'oneshot', expected 'iterative'"), (dict(epochs_between=0, schedule='gradual'), "epochs_between is 0 and schedule is 'gradual'"), (dict(epochs_between=-2, schedule='iterative'), 'epochs_between is -2, expected at least -1'),
+    (dict(round_to=0), 'round_to is 0, expected at least 1'), (dict(round_to=2.), 'round_to is 2.0 (float), expected int'), (dict(protect=['a']), "protect is ['a'] (list), expected str"), (dict(norm='dead'), "no treatment of batch normalisation called 'dead'"), (dict(norm='silence'), "did you mean 'silent'?"),
+    (dict(composite='epsilon_plus'), "no composite called 'epsilon_plus'; did you mean 'epsilon-plus'?"), (dict(epsilon=0.), 'epsilon is 0.0, expected a small number above 0'), (dict(epsilon=-1e-6), 'epsilon is -1e-06, expected'), (dict(epsilon=math.nan), 'epsilon is nan, expected'), (dict(epsilon=math.inf), 'epsilon is inf, expected')], ids=str)
 @pytest.mark.parametrize('criterion', ['conductance', 'random'])
 def test_each_field_is_checked_at_once(wrong, message, criterion):
     "Also where this criterion would not look at it"
@@ -95,6 +92,27 @@ def test_a_run_has_no_other_fields():
     for f in FIELDS:
         with pytest.raises(AttributeError): setattr(Run(), f, None)  # frozen
     with pytest.raises(TypeError): Run(device='cuda')
+
+def test_a_field_that_joined_later_counts_in_a_name_only_where_it_was_chosen():
+    "So that the rows of earlier studies keep theirs"
+    assert set(LATER) < set(FIELDS) and all(USUAL[k] == getattr(Run(), k) for k in LATER)
+    assert Run(criterion='lrp', ratio=.7).id == Run(criterion='lrp', ratio=.7, **{k: USUAL[k] for k in LATER}).id == 'oneshot-lrp-0.7-seed0-d9d9cb8a'  # as it was when there were fewer
+
+@pytest.mark.parametrize('kw,between,last', [(dict(epochs=5), 5, 5), (dict(epochs=15, epochs_between=5), 5, 15), (dict(epochs=3, epochs_between=0), 0, 3), (dict(epochs=0, epochs_between=2), 2, 0)], ids=str)
+def test_epochs_between_steps(kw, between, last):
+    run = Run(schedule='iterative', **kw)
+    assert (run.recipe(last=False).epochs, run.recipe().epochs) == (between, last)
+
+# --- what a page was asked for ---
+
+PAGE = dict(vars(Run()), In=[''], Out={}, _ih=[''], _oh={}, _1='x', exit=None, quit=None, get_ipython=print, open=open, asked=asked)
+
+@pytest.mark.parametrize('extra,said', [(dict(criterium='magnitude'), "no parameter of a run called 'criterium'; did you mean 'criterion'?"), (dict(sead=3), "did you mean 'seed'?"), (dict(verbose=True), "no parameter of a run called 'verbose'"),
+                                        (dict(lrs=[.1]), "'lrs'"), (dict(options={}), "'options'"), (dict(x=None), "'x'"), (dict(y=.5), "'y'")], ids=str)
+def test_a_page_refuses_what_it_does_not_know(extra, said):
+    assert asked(PAGE) == Run() and asked(PAGE | dict(ratio=.7, seed=3)) == Run(ratio=.7, seed=3)
+    with pytest.raises(ValueError, match=says(said)): asked(PAGE | extra)
+    with pytest.raises(ValueError, match='ratio is 2'): asked(PAGE | dict(ratio=2))
 
 # --- a grid ---
 
@@ -122,22 +140,66 @@ def tiny():
     return replace(data, train=data.train.take(torch.arange(130)), val=few, test=few)
 
 def by_hand(run, data):
-    net, snapshots = baseline(run.baseline).net(), {}
-    steps = list(carry_out(run, net, data, snapshots, progress=False))
-    learnt = {k: v.clone() for k, v in net.state_dict().items()}
-    r = row(run, net, data, steps, snapshots)
-    assert all(v.equal(learnt[k]) for k, v in net.state_dict().items())  # the network is left as it has learnt
+    net = baseline(run.baseline).net()
+    steps = list(prune_steps(run, net, data, progress=False))
+    nets = [net, steps[-1].live.net, *steps[-1].nets.values()]
+    learnt = [{k: v.clone() for k, v in m.state_dict().items()} for m in nets]
+    r = row(run, net, data, steps)
+    assert all(v.equal(state[k]) for m, state in zip(nets, learnt) for k, v in m.state_dict().items())  # the networks are left as they have learnt
     return r, steps, net
 
 @pytest.mark.parametrize('kw', [dict(), dict(epochs=1), dict(schedule='iterative', steps=2), dict(rewind=0), dict(schedule='iterative', steps=2, share='linear', rewind=0, coupling='coupled')], ids=str)
 def test_a_row_says_the_same_of_test_and_validation_images(tiny, kw):
     run = Run(**dict(SHORT, criterion='magnitude', ratio=.3, **kw))
     r, steps, net = by_hand(run, tiny)
+    live = steps[-1].live.net
     for k in 'dense', 'pruned', 'recalibrated': assert r[f'accuracy_{k}'] == r[f'val_{k}'], k
-    assert r['accuracy'] == r['val_retrained'] == evaluate(net, tiny.test, tiny)[0]
+    assert r['accuracy'] == r['val_retrained'] == evaluate(live, tiny.test, tiny)[0] and list(steps[-1].nets) == ['pruned', 'recalibrated']
+    assert r['val_epochs'] == [s.history.frame.val_accuracy.tolist() for s in steps] and r['accuracy_epochs'] == r['val_epochs'][-1] and len(r['accuracy_epochs']) == run.epochs
+    if run.epochs: assert r['accuracy_epochs'][-1] == r['accuracy']
     assert [s.ratio for s in steps] == shares(.3, 2 if kw.get('schedule') else 1, run.share)
     assert list(r)[:len(FIELDS)] == FIELDS and {k: r[k] for k in FIELDS} == asdict(run) and r['run_id'] == run.id and r['status'] == 'done'
-    assert r == json.loads(json.dumps(r)) and all(type(v) in (str, int, float, bool, dict) for v in r.values())
+    assert r == json.loads(json.dumps(r)) and all(type(v) in (str, int, float, bool, dict, list) for v in r.values())
+    assert r['threads'] == torch.get_num_threads() and r['processor'] == processor() and set(r['versions']) == {'xprune_nb', 'torch', 'torchvision', 'torch-pruning', 'numpy'}
+
+def test_a_row_carries_plan_and_predictions(tiny):
+    "So that two networks can be compared image by image, and filter by filter, when they are long gone"
+    r, steps, net = by_hand(Run(**dict(SHORT, criterion='magnitude', ratio=.3, epochs=1)), tiny)
+    live, p, x = steps[-1].live.net, steps[-1].plan, tiny.normalise(tiny.test.x)
+    with torch.no_grad(): sure, classes = live(x).softmax(1).max(1)
+    assert unpack(r['predicted']).tolist() == classes.tolist() and np.abs(unpack(r['confidence'])/255 - sure.numpy()).max() <= .5/255 + 1e-4
+    assert r['accuracy'] == (unpack(r['predicted']) == tiny.test.y.numpy()).mean()
+    assert unpack(r['plan'], sum(map(len, p.values()))).tolist() == torch.cat([*p.values()]).tolist() and r['live'] == [c.out_channels for c in convs(live).values()]
+    assert r['params_live'] == sum(q.numel() for q in live.parameters()) and r['macs_live'] == cost(live).macs.sum() and r['connected'] is True
+
+@given(st.lists(st.integers(0, 255), min_size=1, max_size=300))
+@settings(max_examples=50, deadline=None)
+def test_what_is_packed_comes_back(values):
+    t = torch.tensor(values)
+    assert unpack(pack(t)).tolist() == values and unpack(pack(t > 100), len(values)).tolist() == [v > 100 for v in values]
+
+def test_predictions_leave_the_network_alone(tiny):
+    net = baseline().net().train()
+    classes, sure = predictions(net, tiny.test, tiny)
+    assert net.training and classes.shape == sure.shape == (40,) and sure.dtype == torch.uint8 and (classes == tiny.test.y).double().mean().item() == evaluate(net, tiny.test, tiny)[0]
+
+def test_the_digest_of_tensors():
+    "Of names, types, shapes and numbers; not of order, memory or who keeps the gradient"
+    t = torch.arange(12.).view(3, 4); same = dict(a=t, b=t)
+    others = [dict(a=t), dict(a=t, c=t), dict(a=t, b=t.double()), dict(a=t, b=t.view(4, 3)), dict(a=t, b=t + 0.*t - 1e-6*(t == 5)), dict(a=t, b=t.flip(0))]
+    assert len({digest(o) for o in [same, *others]}) == 7
+    assert digest(dict(b=t, a=t)) == digest(dict(a=torch.cat([t, t], 1)[:, :4], b=t.T.contiguous().T)) == digest(dict(a=t.clone().requires_grad_(), b=t)) == digest(same)
+
+def test_what_a_run_tells(tiny):
+    "Which step it is in, and which epoch: enough for a line of a study"
+    told = []
+    list(prune_steps(Run(**dict(SHORT, criterion='magnitude', ratio=.3, schedule='iterative', steps=2, epochs=2, epochs_between=1)), baseline().net(), tiny, tell=lambda **what: told.append(what), progress=False))
+    said = [(t['what'], t['step'], t['steps'], t['epoch'], t['epochs']) for t in told]
+    assert said == [('scoring', 1, 2, 0, 0), ('retraining', 1, 2, 0, 1), ('retraining', 1, 2, 1, 1), ('scoring', 2, 2, 0, 0), ('retraining', 2, 2, 0, 2), ('retraining', 2, 2, 1, 2), ('retraining', 2, 2, 2, 2)]
+    told.clear()
+    list(prune_steps(Run(**dict(SHORT, criterion='magnitude', ratio=.3, schedule='gradual', steps=2, epochs=2)), baseline().net(), tiny, tell=lambda **what: told.append(what), progress=False))
+    said = [(t['what'], t['step'], t['epoch']) for t in told]
+    assert [s for s in said if s[0] == 'scoring'] == [('scoring', 1, 0), ('scoring', 2, 0)] and [s[2] for s in said if s[0] == 'training'] == [1, 2]
 
 def test_runs_that_differ_in_criterion_share_everything_else(tiny, monkeypatch):
     "The images explained, and seed, order and recipe of each retraining"
@@ -148,7 +210,7 @@ def test_runs_that_differ_in_criterion_share_everything_else(tiny, monkeypatch):
             return real(*args, **kw)
         monkeypatch.setattr(room, name, watched)
     for criterion in 'random', 'magnitude': by_hand(Run(**dict(SHORT, criterion=criterion, ratio=.3, schedule='iterative', steps=2, seed=4)), tiny)
-    assert calls['random'] == calls['magnitude'] and len(calls['random']) == 1 + 2*2
+    assert calls['random'] == calls['magnitude'] and len(calls['random']) == 1 + 2*2 + 1  # and the whole network is measured for the second scores
     assert len({str(c) for c in calls['random'] if c[0] == 'fit'}) == 2  # each retraining has an order of its own
 
 def test_random_scores_are_new_in_each_step_and_the_seeds(tiny):
@@ -161,24 +223,24 @@ def test_random_scores_are_new_in_each_step_and_the_seeds(tiny):
 
 @pytest.fixture(scope='module')
 def seen(tiny):
-    "A run carried out once: its row, steps, network and snapshots"
+    "A run carried out once: its row, steps and network"
     memory = {}
     def carried(**kw):
         run = Run(**{**SHORT, 'criterion': 'magnitude', **kw})
         if run not in memory:
-            net, shots = baseline(run.baseline).net(), {}
-            steps = list(carry_out(run, net, tiny, shots, progress=False))
-            memory[run] = row(run, net, tiny, steps, shots), steps, net, shots
+            net = baseline(run.baseline).net()
+            steps = list(prune_steps(run, net, tiny, progress=False))
+            memory[run] = row(run, net, tiny, steps), steps, net
         return memory[run]
     return carried
 
 measured = lambda r: {k: v for k, v in timeless(r).items() if k not in FIELDS and k != 'run_id'}
 @pytest.mark.parametrize('coupling', ['independent', 'coupled'])
 def test_what_is_timed(seen, stopwatch, coupling):
-    "The whole network, and the one from which all that is dead was cut"
+    "The whole network, and what was left and retrained"
     stopwatch.clear()
     r = seen(coupling=coupling, ratio=.6)[0]
-    assert stopwatch == [([r['params_dense'], r['params_live']], 128)] and (r['latency_dense'], r['latency']) == (3., 2.)
+    assert stopwatch == [([r['params_dense']], 128), ([r['params_live']], 128)] and (r['latency_dense'], r['latency']) == (3., 2.)
 
 weights = lambda state, p: {n: state[f'{n}.weight'][p[n]] for n in p}  # of the survivors
 alike = lambda a, b: all(a[n].equal(b[n]) for n in a)
@@ -188,8 +250,8 @@ def test_one_shot_at_a_fixed_rate_three_protocols_are_one(seen):
     "To the bit; a decay tells fine-tuning from the rewinding of rates, and both from nothing else"
     one, *others = (measured(seen(retrain=r, epochs=1)[0]) for r in ('weights', 'lr', 'finetune'))
     assert others == [one, one]
-    lr, tuned = (Run(retrain=r, epochs=20, decay='cosine').recipe for r in ('lr', 'finetune'))
-    assert lr == Run(retrain='weights', epochs=20, decay='cosine').recipe and tuned.rates() == [lr.rates()[-1]]*20 and lr.rates()[0] > lr.rates()[-1]
+    lr, tuned = (Run(retrain=r, epochs=20, decay='cosine').recipe() for r in ('lr', 'finetune'))
+    assert lr == Run(retrain='weights', epochs=20, decay='cosine').recipe() and tuned.rates() == [lr.rates()[-1]]*20 and lr.rates()[0] > lr.rates()[-1]
 
 @pytest.mark.parametrize('epochs', [1, 7, 50, 60])
 @pytest.mark.parametrize('decay', ['constant', 'cosine', 'step'])
@@ -201,9 +263,19 @@ def test_rates_of_retraining(epochs, decay):
         opt.param_groups[0].update(lr=.02); opt.param_groups[0].pop('initial_lr', None); schedule, out = of(n), []
         for _ in range(n): out.append(opt.param_groups[0]['lr']); opt.step(); schedule.step()
         return out
-    have = {r: Run(retrain=r, epochs=epochs, decay=decay, lr=.02).recipe.rates() for r in RETRAINS}
+    have = {r: Run(retrain=r, epochs=epochs, decay=decay, lr=.02).recipe().rates() for r in RETRAINS}
     for r in 'weights', 'lr': np.testing.assert_allclose(have[r], rates(total)[-epochs:], rtol=1e-9)
     np.testing.assert_allclose(have['finetune'], [rates(total)[-1]]*epochs, rtol=1e-9); np.testing.assert_allclose(have['scratch'], rates(epochs), rtol=1e-9)
+
+def placed(step, state):
+    "What a state of the whole network is, silenced, where the live one lies in it: convolutions' weights"
+    return {n: torch.where(k.view(-1, 1, 1, 1), state[f'{n}.weight'], 0.)[step.live.index.get(f'{n}.weight', (...,))] for n, k in step.plan.items()}
+
+def laid(live, learnt):
+    "A state of the whole network in which only what `live` has learnt is a number"
+    whole = {k: torch.full_like(v, math.nan) for k, v in baseline().net().state_dict().items() if v.is_floating_point()}
+    for k in whole: whole[k][live.index.get(k, (...,))] = learnt[k]
+    return whole
 
 @pytest.mark.parametrize('retrain', ['weights', pytest.param('lr', marks=pytest.mark.slow), 'finetune', 'scratch'])
 def test_what_survivors_set_out_from(tiny, monkeypatch, retrain):
@@ -215,18 +287,21 @@ def test_what_survivors_set_out_from(tiny, monkeypatch, retrain):
     monkeypatch.setattr(room, 'fit', watched)
     run = Run(**dict(SHORT, criterion='magnitude', schedule='iterative', steps=2, ratio=.3, epochs=1, retrain=retrain, seed=3))
     net = baseline().net()
-    first, second = carry_out(run, net, tiny, progress=False)
-    have, p, base = weights(starts[1], second.plan), second.plan, baseline()
-    assert alike(have, weights(ends[0], p)) == (retrain in ('lr', 'finetune'))
-    assert alike(have, weights(base.weights('last'), p)) == (retrain == 'weights')
-    assert alike(have, weights(build(seed=stream(run, 2)).state_dict(), p)) == (retrain == 'scratch')
-    assert all(starts[1][f'{n}.weight'][~k].eq(0).all() for n, k in p.items()) and not alike(weights(starts[1], p), weights(ends[1], p))
-    if retrain == 'scratch': assert not alike(have, weights(base.weights(0), p)) and not alike(weights(starts[0], p), have)
+    first, second = prune_steps(run, net, tiny, progress=False)
+    have, base = {n: starts[1][f'{n}.weight'] for n in convs(net)}, baseline()
+    assert alike(have, placed(second, laid(first.live, ends[0]))) == (retrain in ('lr', 'finetune'))
+    assert alike(have, placed(second, base.weights('last'))) == (retrain == 'weights')
+    new = build(seed=stream(run, 2)).state_dict()
+    assert alike(have, placed(second, new)) == (retrain == 'scratch')
+    assert all(net.state_dict()[f'{n}.weight'][~k].eq(0).all() for n, k in second.plan.items()) and not alike(have, {n: ends[1][f'{n}.weight'] for n in have})
+    assert alike({n: ends[1][f'{n}.weight'] for n in have}, placed(second, net.state_dict()))  # the whole network has got what was learnt
+    if retrain == 'scratch': assert not alike(have, placed(second, base.weights(0))) and not alike(have, placed(second, build(seed=stream(run, 1)).state_dict()))
 
 @pytest.mark.parametrize('e', [0, 5, 50])
 def test_weights_of_any_stored_epoch(tiny, seen, e):
-    _, steps, net, _ = seen(rewind=e, ratio=.3)
-    assert alike(weights(net.state_dict(), steps[0].plan), weights(baseline().weights(e), steps[0].plan))
+    _, steps, net = seen(rewind=e, ratio=.3)
+    live, epoch = steps[0].live.net, baseline().weights(e)
+    assert alike(weights(net.state_dict(), steps[0].plan), weights(epoch, steps[0].plan)) and alike({n: c.weight for n, c in convs(live).items()}, placed(steps[0], epoch))
 
 def test_streams_of_seeds_do_not_meet():
     seeds = [0, 1, 999, 1000, 1001, 2000, 12_345, -1, -1000]
@@ -267,13 +342,14 @@ def test_controls_leave_as_much_and_choose_by_chance(seen, coupling):
 
 def test_gradual_pruning_ends_with_the_training(tiny, seen):
     "Cubic, nested, and not one weight moves after the last growth"
-    r, steps, net, shots = seen(schedule='gradual', epochs=2, steps=4, ratio=.8, coupling='coupled')
+    r, steps, net = seen(schedule='gradual', epochs=2, steps=4, ratio=.8, coupling='coupled')
     assert [s.ratio for s in steps] == pytest.approx([.8*(1 - (1 - i/4)**3) for i in (1, 2, 3, 4)]) and kept(steps[-1].plan) == pytest.approx(.2, abs=.01)
     for a, b in itertools.pairwise(steps): assert not any((b.plan[n] & ~a.plan[n]).any() for n in a.plan) and kept(b.plan) < kept(a.plan)
-    learnt = {k for k, v in shots['pruned'].items() if not v.equal(net.state_dict()[k])}
+    last = steps[-1].live
+    learnt = {k for k, v in steps[-1].nets['pruned'].state_dict().items() if not v.equal(last.net.state_dict()[k])}
     assert learnt and all(re.search('running_(mean|var)|num_batches', k) for k in learnt) and r['accuracy'] == r['accuracy_recalibrated'] == r['val_retrained']
     assert not alike(weights(net.state_dict(), steps[-1].plan), weights(baseline().weights('last'), steps[-1].plan))  # it has learnt before
-    assert list(steps[-1].history.frame.epoch) == [1, 2] and r['epochs_spent'] == 2
+    assert list(steps[-1].history.frame.epoch) == [1, 2] and r['epochs_spent'] == 2 and len(r['accuracy_epochs']) == 2
     with pytest.raises(ValueError, match=says('5 growths of the plan asked for, expected at most 4: the steps of the training')): seen(schedule='gradual', epochs=2, steps=5)
 
 def test_gradual_training_before_the_first_growth_is_training(tiny, monkeypatch):
@@ -283,7 +359,7 @@ def test_gradual_training_before_the_first_growth_is_training(tiny, monkeypatch)
     def watched(criterion, net, *args, **kw): met.append({k: v.clone() for k, v in net.state_dict().items()}); return real(criterion, net, *args, **kw)
     monkeypatch.setattr(room, 'score', watched); monkeypatch.setattr(room, 'scoring_macs', lambda *a: 0)
     run = Run(**dict(SHORT, schedule='gradual', epochs=2, steps=2, rewind=5))
-    list(carry_out(run, baseline().net(), tiny, progress=False))
+    list(prune_steps(run, baseline().net(), tiny, progress=False))
     net = baseline().net(5)
     room.fit(net, tiny, Recipe(epochs=1, augment=True), stream(run, 1), progress=False)
     assert all(v.equal(met[0][k]) for k, v in net.state_dict().items())
@@ -300,7 +376,7 @@ def test_scoring_is_counted(seen, criterion, small):
     x, y = sample(load(), 5)
     have, forward = scoring_macs(run, net, x, y), cost(net).macs.sum()
     hooked = criterion in ('lrp', 'integrated_gradients')
-    with room._Flops() if hooked else FlopCounterMode(display=False) as counter: score(criterion, net, x, y, **run.options())
+    with room._Flops() if hooked else FlopCounterMode(display=False) as counter: score(criterion, net, x, y, **options(run))
     assert have == (counter.total if hooked else counter.get_total_flops())//2
     assert (have == 0) == (criterion in ('random', 'magnitude', 'magnitude_l2', 'fpgm', 'bn_scale'))
     if criterion == 'conductance': assert 1.8*4 < have/5/forward < 2*4 + 1  # on paper: a path of k+1 points goes forth and back at each
@@ -316,7 +392,7 @@ def test_scoring_by_ablation_is_nearly_counted(seen):
 def test_the_budget_on_paper(tiny, seen):
     "130 images; recalibration meets them once, a retraining three times an epoch, each in the network that is alive then"
     n = 130
-    r, steps, net, _ = seen(schedule='iterative', steps=2, epochs=2, ratio=.5, coupling='coupled')
+    r, steps, net = seen(schedule='iterative', steps=2, epochs=2, ratio=.5, coupling='coupled')
     alive = [cost(cut(baseline().net(), s.plan)).macs.sum() for s in steps]
     assert r['macs_retrain'] == sum((3*2 + 1)*n*a for a in alive) and alive[-1] == r['macs_live'] and (r['epochs_spent'], r['macs_score'], r['macs_spent']) == (4, 0, r['macs_retrain'])
     r, steps, *_ = seen(schedule='gradual', epochs=2, steps=4, ratio=.8, coupling='coupled')
@@ -326,10 +402,10 @@ def test_the_budget_on_paper(tiny, seen):
     one = replace(tiny, train=tiny.train.take(torch.arange(129)))
     assert images_met(one, Recipe(epochs=2)) == 2*128 and images_met(one, Recipe(epochs=2, batch_size=64)) == 2*128 and images_met(one, Recipe(epochs=1, batch_size=200)) == 129
 
-@pytest.mark.slow
-def test_scoring_in_the_second_step_costs_less(seen):
+def test_scoring_costs_as_much_in_each_step(seen):
+    "It is the whole network that is scored, with what has gone silent"
     r, steps, *_ = seen(criterion='lrp', schedule='iterative', steps=2, ratio=.7, coupling='coupled', images=4)
-    assert 0 < steps[1].macs['score'] < .6*steps[0].macs['score'] and r['macs_score'] == sum(s.macs['score'] for s in steps) and r['macs_spent'] == r['macs_score'] + r['macs_retrain']
+    assert 0 < steps[1].macs['score'] == steps[0].macs['score'] and r['macs_score'] == sum(s.macs['score'] for s in steps) and r['macs_spent'] == r['macs_score'] + r['macs_retrain']
 
 @pytest.mark.parametrize('coupling,share', [('independent', .6), ('coupled', .3)])
 def test_equal_macs(seen, coupling, share):
@@ -341,225 +417,72 @@ def test_floors_and_global_plans(seen):
     assert min(k.float().mean() for k in steps[0].plan.values()) >= .25 and r['alive'] == pytest.approx(.4, abs=.01)
     assert {float(k.float().mean()) for k in steps[0].plan.values()} != {.4}
 
-# --- a store: what papermill would do is played here ---
+def test_what_is_protected_and_rounded(seen):
+    r, steps, *_ = seen(ratio=.6, protect='features.0.*, features.18.0', round_to=8, coupling='coupled')
+    p, gs = steps[0].plan, groups(baseline().net())
+    first = next(g for g in gs if 'features.0.0' in g)
+    assert all(p[n].all() for n in (*first, 'features.18.0')) and all(int(k.sum()) % 8 == 0 for k in p.values()) and r['alive'] < .6
+    with pytest.raises(ValueError, match='features.99'): seen(protect='features.99.*')
 
-def page(r=None):
-    "An executed notebook, with its row if it has one"
-    outputs = [] if r is None else [nbformat.v4.new_output('display_data', {ROW_MIME: r, 'text/plain': 'row'})]
-    return nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell('# One run'), nbformat.v4.new_code_cell('emit(row)', outputs=outputs), nbformat.v4.new_code_cell('1')])
+def test_batch_normalisation_left_alive_is_another_network(seen):
+    "Its constants are still there, and cost what they cost"
+    silent, alive = seen(ratio=.5)[0], seen(ratio=.5, norm='alive')[0]
+    assert silent['plan'] == alive['plan'] and silent['params_live'] < alive['params_live'] and silent['predicted'] != alive['predicted']
 
-class Player:
-    "Plays papermill: writes the page, and returns it; `breaks` says for which seeds it dies of what"
-    def __init__(self): self.runs, self.breaks = [], {}
-    def __call__(self, run, out, threads):
-        self.runs.append(run)
-        nb = page(dict(asdict(run), run_id=run.id, status='done', error='', accuracy=run.seed/100))
-        nbformat.write(page() if run.seed in self.breaks else nb, out)
-        if isinstance(e := self.breaks.get(run.seed), BaseException): raise e
-        return page() if run.seed in self.breaks else nb
+def test_rules_of_lrp_reach_the_scores(seen):
+    scores = [seen(criterion='lrp', ratio=.5, images=4, **kw)[1][0].scores for kw in (dict(), dict(composite='epsilon-plus'), dict(epsilon=.1))]
+    for a, b in itertools.combinations(scores, 2): assert not alike(a, b)
 
-@pytest.fixture
-def player(monkeypatch): monkeypatch.setattr(room, '_papermill', p := Player()); return p
-
-def play(runs, store, **kw): return execute(runs, store, **dict(dict(backend='threading', n_jobs=2, progress=False), **kw))
-
-RUNS = grid(**SHORT, seed=[0, 1, 2, 3])
-error_of = lambda e: PapermillExecutionError(0, 1, 'cell', 'ValueError', e, [f'ValueError: {e}'])
-
-def test_done_runs_are_not_done_again(player, tmp_path):
-    first = play(RUNS[:3], tmp_path)
-    before = {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in tmp_path.iterdir()}
-    second = play([*RUNS, *RUNS[:2]], tmp_path)
-    assert [r.seed for r in player.runs[3:]] == [3] and {n: ((tmp_path/n).stat().st_mtime_ns, (tmp_path/n).read_bytes()) for n in before} == before
-    assert first.equals(second[:3]) and second.run_id.tolist() == [r.id for r in RUNS]  # in the order asked for, each once
-    assert found(tmp_path) == sorted(r.id + s for r in RUNS for s in ('.ipynb', '.json')) and set(FIELDS) <= set(second)
-    assert sorted(rows(tmp_path).run_id) == sorted(second.run_id) and rows(tmp_path, RUNS[2:0:-1]).seed.tolist() == [2, 1]
-
-def test_a_failed_run_is_recorded_and_the_rest_go_on(player, tmp_path):
-    player.breaks = {1: error_of('ratio 0.99 would leave a layer without a filter'), 2: 'no row', 3: RuntimeError()}
-    table = play(RUNS, tmp_path)
-    assert table.status.tolist() == ['done', 'failed', 'failed', 'failed'] and sorted(r.seed for r in player.runs) == [0, 1, 2, 3]
-    assert table.error[0] == '' and 'would leave a layer without a filter' in table.error[1] and 'ended without a row' in table.error[2] and table.error[3] == 'RuntimeError'
-    assert table[FIELDS].to_dict('records') == [asdict(r) for r in RUNS] and len(found(tmp_path)) == 8  # its page is kept beside it
-    assert play(RUNS, tmp_path, retry_failed=False).status.tolist() == table.status.tolist() and len(player.runs) == 4
-    player.breaks = {3: player.breaks[3]}
-    assert play(RUNS, tmp_path).status.tolist() == ['done', 'done', 'done', 'failed'] and sorted(r.seed for r in player.runs[4:]) == [1, 2, 3]
-
-@pytest.mark.parametrize('text', ['', '{', '[]', 'null', '"row"', '{}', '{"run_id": 1}', '{"accuracy": 0.5}', '\0'*500, 'NaN'], ids=repr)
-def test_what_is_no_row_is_run_again(player, tmp_path, text):
-    (tmp_path/f'{RUNS[0].id}.json').write_text(text)
-    assert len(rows(tmp_path)) == 0
-    assert play(RUNS[:1], tmp_path).status.tolist() == ['done'] and len(player.runs) == 1
-    (tmp_path/f'{RUNS[0].id}.json').write_bytes(b'\xff\xfe\x80')
-    assert read_row(tmp_path/f'{RUNS[0].id}.json') is None
-
-def test_no_half_row_is_taken_for_a_whole_one(player, tmp_path):
-    path, = (tmp_path/f"{r}.json" for r in play(RUNS[:1], tmp_path).run_id)
-    whole = path.read_bytes()
-    for n in range(len(whole)):
-        path.write_bytes(whole[:n])
-        assert read_row(path) is None, whole[:n]
-    assert play(RUNS[:1], tmp_path).seed.tolist() == [0] and len(player.runs) == 2 and read_row(path).keys() == json.loads(whole).keys()
-
-@pytest.mark.parametrize('way,nth', list(itertools.product(['fsync', 'replace'], [1, 2, 3, 4])))
-def test_a_full_disk_stops_the_study_in_a_sentence(player, tmp_path, monkeypatch, way, nth):
-    "While a page or its row is written: no half file, nothing done is lost, and it goes on when there is room"
-    with monkeypatch.context() as m:
-        calls, real = iter(range(1, 100)), getattr(os, way)
-        def full(*args):
-            if next(calls) == nth: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return real(*args)
-        m.setattr(os, way, full)
-        with pytest.raises(OSError, match=says('could not be written (No space left on device)', 'Free some space')): play(RUNS[:2], tmp_path, n_jobs=1)
-    done = [n for n in found(tmp_path) if n.endswith('.json')]
-    assert len(done) == (nth > 2) and not [n for n in found(tmp_path) if 'part' in n] and all(read_row(tmp_path/n) for n in done)
-    assert play(RUNS[:2], tmp_path).status.tolist() == ['done', 'done'] and len(player.runs) == 3
-
-def test_a_full_disk_while_papermill_writes(player, tmp_path):
-    player.breaks = {0: OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))}
-    with pytest.raises(OSError, match=says('could not be written (No space left on device)', 'Free some space')): play(RUNS[:1], tmp_path)
-    assert found(tmp_path) == []
-
-def test_an_interruption_leaves_nothing_half(player, tmp_path):
-    player.breaks = {0: KeyboardInterrupt()}
-    with pytest.raises(KeyboardInterrupt): execute_one(RUNS[0], tmp_path)
-    assert found(tmp_path) == []
-
-def test_stores_that_are_not_there(tmp_path):
-    with pytest.raises(OSError, match=says('there is no store', 'nowhere', 'nothing was run there')): rows(tmp_path/'nowhere')
-    assert len(rows(tmp_path)) == 0
-    (tmp_path/'file').write_text('')
-    with pytest.raises(OSError): play(RUNS, tmp_path/'file')
-
-def test_a_package_without_its_notebook(tmp_path, monkeypatch):
-    monkeypatch.setenv('XPRUNE_NBS', str(tmp_path))
-    with pytest.raises(OSError, match=says('there is no ', 'run.ipynb. Install from a clone', 'XPRUNE_NBS')): execute_one(RUNS[0], tmp_path)
-    assert found(tmp_path) == []  # it is no run that failed
-    monkeypatch.delenv('XPRUNE_NBS'); assert run_notebook().name == 'run.ipynb'
-
-@pytest.mark.parametrize('deaths,message', [(['Kernel died before replying to kernel_info']*2, None), (['Kernel died before replying to kernel_info']*3, 'Kernel died before replying'),
-                                            (['Kernel did not respond in 180 seconds'], 'did not respond'), ([error_of('Kernel died before replying, said the cell')], 'said the cell')], ids=range(4))
-def test_a_kernel_that_dies_while_starting_is_started_again(tmp_path, monkeypatch, deaths, message):
+def test_the_threads_are_those_of_the_run(tiny, monkeypatch):
     asked = []
-    def start(nb, out, parameters, **kw):
-        asked.append((Path(nb), parameters, kw, dict(os.environ)))
-        if len(asked) <= len(deaths): raise e if isinstance(e := deaths[len(asked)-1], Exception) else RuntimeError(e)
-        return page(dict(parameters, run_id=RUNS[0].id, status='done', error=''))
-    monkeypatch.setattr(papermill, 'execute_notebook', start); monkeypatch.setenv('OMP_NUM_THREADS', '7'); monkeypatch.delenv('TQDM_DISABLE', raising=False); before = dict(os.environ)
-    r = execute_one(RUNS[0], tmp_path, threads=3)
-    assert (r['status'] == 'done') == (message is None) and (message or '') in r['error'] and len(asked) == min(len(deaths)+1, 3 if 'before' in str(deaths[0]) and len(deaths) > 1 else 1)
-    assert all(nb == run_notebook() and kw['cwd'] == nb.parent and p == asdict(RUNS[0]) for nb, p, kw, _ in asked)
-    assert os.environ == before and all(e.get('OMP_NUM_THREADS') == '3' and e.get('TQDM_DISABLE') == '1' for *_, e in asked)
-    asked = [a[:3] for a in asked]
-    sockets = [kw['config'].KernelManager.ip for *_, kw in asked]
-    assert all(kw['config'].KernelManager.transport == 'ipc' for *_, kw in asked) and len(set(sockets)) == len(sockets)
+    monkeypatch.setattr(torch, 'set_num_threads', asked.append)
+    room.Protocol(Run(**SHORT, threads=3), baseline().net(), tiny)
+    assert asked == [3]
 
-def test_threads_that_overlap_give_the_environment_back(tmp_path, monkeypatch):
-    "The last to leave restores what the first found"
-    monkeypatch.setenv('OMP_NUM_THREADS', '5'); before, met = dict(os.environ), []
-    def slowly(nb, out, parameters, **kw):
-        time.sleep(.05 + .1*(parameters['seed'] % 2)); met.append(os.environ['OMP_NUM_THREADS'])
-        if parameters['seed'] == 2: raise error_of('no')
-        return page(dict(parameters, run_id=str(parameters['seed']), status='done', error='', accuracy=.5))
-    monkeypatch.setattr(papermill, 'execute_notebook', slowly)
-    assert play(RUNS, tmp_path, n_jobs=4, threads=2).status.tolist() == ['done', 'done', 'failed', 'done']
-    assert met == ['2']*4 and dict(os.environ) == before
+def test_epochs_between_the_steps_are_spent_there(seen):
+    r, steps, *_ = seen(schedule='iterative', steps=3, ratio=.5, epochs=2, epochs_between=1, coupling='coupled')
+    assert [len(s.history.frame) for s in steps] == [1, 1, 2] and r['epochs_spent'] == 4 and [len(v) for v in r['val_epochs']] == [1, 1, 2] and len(r['accuracy_epochs']) == 2
 
-def test_the_callers_own_pool_is_left_alone(tmp_path, monkeypatch):
-    "loky keeps one pool a process; the run fails at once here, since its notebook is none"
-    (tmp_path/'run.ipynb').write_text('{}'); monkeypatch.setenv('XPRUNE_NBS', str(tmp_path))
-    def work():
-        "Who there is, not who happened to be asked: one of two quick workers can take all four"
-        asked = set(joblib.Parallel(n_jobs=2)(joblib.delayed(os.getpid)() for _ in range(4)))
-        there = set(get_reusable_executor(reuse=True)._processes)
-        assert asked <= there and len(there) == 2; return there
-    try:
-        mine = work()
-        assert execute(RUNS[:1], tmp_path/'store', n_jobs=2, backend='loky', progress=False).status.tolist() == ['failed']
-        assert room._pool_is_up() and work() == mine and os.getpid() not in mine
-    finally: get_reusable_executor(reuse=True).shutdown()
-    assert not room._pool_is_up()
+# --- what runs share ---
 
-def test_rows_written_before_there_was_a_choice(tmp_path):
-    "They have the defaults"
-    r = dict(asdict(RUNS[0]), run_id=RUNS[0].id, status='done', error='', accuracy=.5, seconds=1.)
-    (tmp_path/f'{RUNS[0].id}.json').write_text(json.dumps({k: v for k, v in r.items() if k not in room.LATER}))
-    assert rows(tmp_path)[FIELDS].to_dict('records') == [asdict(RUNS[0])] and play(RUNS[:1], tmp_path).run_id.tolist() == [RUNS[0].id]
+class Memory:
+    "A cache in which each result lies under what it is and depends on; `worked` says what was worked out"
+    def __init__(self): self.kept, self.worked = {}, []
+    def __call__(self, name, about, make):
+        key = json.dumps([name, about], sort_keys=True)  # so it is plain JSON
+        if key not in self.kept: self.worked.append(name); self.kept[key] = make()
+        return {k: v.clone() for k, v in self.kept[key].items()}
 
-def test_a_backend_that_gives_all_results_at_the_end(tmp_path, monkeypatch):
-    "Such as Ray's"
-    class AtTheEnd(joblib.parallel.ThreadingBackend): supports_return_generator = False
-    joblib.register_parallel_backend('at the end', AtTheEnd)
-    (tmp_path/'run.ipynb').write_text('{}'); monkeypatch.setenv('XPRUNE_NBS', str(tmp_path))
-    with pytest.raises(ValueError, match='does not support return_as'), joblib.parallel_config('at the end'): joblib.Parallel(return_as='generator_unordered')
-    assert execute(RUNS[:2], tmp_path/'store', n_jobs=2, backend='at the end', progress=False).status.tolist() == ['failed']*2
+def cached(run, tiny, memory):
+    net = baseline(run.baseline).net()
+    return row(run, net, tiny, list(prune_steps(run, net, tiny, memory, progress=False)), memory)
 
-def test_row_of_takes_the_last_and_wants_one():
-    nb = page(dict(run_id='a')); nb.cells += page(dict(run_id='b')).cells
-    assert row_of(nb)['run_id'] == 'b'
-    with pytest.raises(ValueError, match='ended without a row'): row_of(page())
+BASE = dict(SHORT, criterion='conductance', path_steps=2, ratio=.3)
+@pytest.mark.parametrize('kw', [dict(), dict(criterion='magnitude', schedule='iterative', steps=2), dict(criterion='random', schedule='gradual', steps=2, epochs=1)], ids=str)
+def test_a_row_is_the_same_with_and_without_a_cache(tiny, kw):
+    "Bit for bit, cold and warm"
+    run, memory = Run(**dict(BASE, **kw)), Memory()
+    plain, cold = by_hand(run, tiny)[0], cached(run, tiny, memory)
+    worked = list(memory.worked); warm = cached(run, tiny, memory)
+    assert timeless(plain) == timeless(cold) == timeless(warm) and worked and memory.worked == worked
 
-# --- the real thing ---
+@pytest.mark.parametrize('kw,again', [
+    (dict(ratio=.5), set()), (dict(coupling='coupled', norm='alive', floor=2, round_to=2), set()), (dict(rewind=5, retrain='weights'), set()), (dict(lr=.1, augment=False, decay='cosine'), set()), (dict(control='shuffled'), set()),
+    (dict(seed=1), {'scores', 'macs'}), (dict(images=11), {'scores', 'macs'}), (dict(path_steps=3), {'scores', 'macs'}), (dict(baseline_input='black'), {'scores', 'macs'}), (dict(target='predicted'), {'scores', 'macs'}), (dict(aggregate='max'), {'scores', 'macs'}),
+    (dict(criterion='magnitude'), {'scores', 'macs'})], ids=str)
+def test_what_depends_on_something_else_is_worked_out_again(tiny, kw, again):
+    "And nothing besides"
+    memory = Memory()
+    cached(Run(**BASE), tiny, memory); memory.worked.clear()
+    cached(Run(**dict(BASE, **kw)), tiny, memory)
+    assert set(memory.worked) == again and len(memory.worked) == len(again)
 
-PAIR = [Run(**SHORT), Run(**dict(SHORT, ratio=.7))]
-EMPTY = Run(**dict(SHORT, ratio=.99)) # leaves a layer without a filter
-STUDY = 'import sys; from xprune_nb.experiments import *; execute([Run(**dict({short}, ratio=r)) for r in (.5, .7)], sys.argv[1], n_jobs=1, progress=False)'.format(short=SHORT)
-
-def killed(store):
-    "Start a study of two runs in a process of its own, and kill it without a warning in the midst of the second: what there was then, and who outlived it"
-    study = subprocess.Popen([sys.executable, '-c', STUDY, str(store)], start_new_session=True, stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 900
-        while not ((store/f'{PAIR[0].id}.json').exists() and (store/f'.{PAIR[1].id}.part.ipynb').exists()):
-            assert study.poll() is None and time.monotonic() < deadline, 'the study did not come to its second run'
-            time.sleep(.1)
-        family = psutil.Process(study.pid).children(recursive=True)
-    finally:
-        os.killpg(study.pid, signal.SIGKILL); study.wait()
-    return {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in store.iterdir()}, family
-
-@pytest.fixture(scope='module')
-def study(tmp_path_factory):
-    "A store, what it held when the study was killed, the processes that the study had, and the rows after it was taken up again, with one run more that fails"
-    store = tmp_path_factory.mktemp('store')
-    at_death, family = killed(store)
-    outlived = psutil.wait_procs(family, timeout=30)[1]
-    left = rows(store)
-    return store, at_death, outlived, left, execute([*PAIR, EMPTY], store, n_jobs=2, progress=False)
-
-def test_killed_study_goes_on_with_nothing_lost(study):
-    store, at_death, outlived, left, table = study
-    first, second = (r.id for r in PAIR)
-    assert {n for n in at_death if not n.startswith('.')} == {f'{first}.ipynb', f'{first}.json'} and left.run_id.tolist() == [first] and outlived == []
-    assert table.status.tolist() == ['done', 'done', 'failed'] and found(store) == sorted(f'{r}{s}' for r in (first, second, EMPTY.id) for s in ('.ipynb', '.json'))
-    for n in f'{first}.ipynb', f'{first}.json': assert ((store/n).stat().st_mtime_ns, (store/n).read_bytes()) == at_death[n]  # what was done was not touched
-
-def test_papermills_row_is_the_same_run_by_hand(study):
-    "Bit for bit, in another process"
-    r, device = study[4].iloc[1].to_dict(), 'cuda' if torch.cuda.is_available() else 'cpu'
-    if r['threads'] != torch.get_num_threads() or device != 'cpu': pytest.skip('another number of threads, or a GPU: equal only up to rounding')
-    mine = by_hand(PAIR[1], load())[0]
-    assert timeless(mine) == timeless(r)
-    assert 0 < r['latency'] < 1.5*r['latency_dense'] and (mine['latency_dense'], mine['latency']) == (3., 2.)  # ms; the first was really timed
-
-def test_the_page_of_a_run(study):
-    "What was asked, each field of it; no error; pictures; and the row, which is the one in the store"
-    store, *_, table = study
-    for run in PAIR:
-        nb, r = nbformat.read(store/f'{run.id}.ipynb', 4), read_row(store/f'{run.id}.json')
-        asked, = (c.source for c in nb.cells if 'injected-parameters' in c.metadata.get('tags', []))
-        names = {}; exec(asked, names)
-        assert {k: v for k, v in names.items() if k in FIELDS} == asdict(run)
-        outputs = [o for c in nb.cells for o in c.get('outputs', [])]
-        assert all(o.output_type != 'error' for o in outputs) and not any(c.execution_count is None for c in nb.cells if c.cell_type == 'code')
-        assert sum('image/png' in o.get('data', {}) for o in outputs) >= 3 and not any(o.get('name') == 'stderr' for o in outputs)
-        assert dict(row_of(nb), seconds=r['seconds']) == r and {k: r[k] for k in FIELDS} == asdict(run)
-    assert set(FIELDS) <= set(table) and table.ratio.tolist() == [.5, .7, .99] and (table.alive - (1 - table.ratio))[:2].abs().max() < .01
-
-def test_a_run_that_fails_under_way(study):
-    "Through papermill and loky: a ratio that leaves a layer without a filter"
-    store, *_, table = study
-    failed = table.iloc[2]
-    assert failed.status == 'failed' and re.search(says("ratio 0.99 would leave layer 'features.0.0' (32 filters) without a filter"), failed.error)
-    nb = nbformat.read(store/f'{EMPTY.id}.ipynb', 4)  # its page shows where
-    assert any(o.output_type == 'error' for c in nb.cells for o in c.get('outputs', []))
+def test_other_weights_images_and_threads_are_something_else(tiny, monkeypatch):
+    memory, run = Memory(), Run(**BASE)
+    cached(run, tiny, memory); first = set(memory.worked); memory.worked.clear()
+    other = replace(tiny, test=tiny.test.take(torch.arange(39)), val=tiny.val.take(torch.arange(38)))
+    cached(run, other, memory); measured = set(memory.worked); memory.worked.clear()
+    list(prune_steps(run, baseline().net(5), tiny, memory, progress=False)); moved = set(memory.worked); memory.worked.clear()
+    monkeypatch.setattr(torch, 'set_num_threads', lambda n: None)  # here it is the name alone that counts
+    cached(replace(run, threads=2), tiny, memory)
+    assert measured == first - {'scores', 'macs'} and moved == first - {'dense', 'macs'} and set(memory.worked) == first  # what scoring costs does not depend on the weights

@@ -1,0 +1,4 @@
+from .progress import *
+from .run import *
+from .store import *
+from .warm import *
