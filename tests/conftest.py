@@ -4,7 +4,9 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')  # before torch is imported; runs 
 import random
 import numpy as np, pytest, torch
 
-def pytest_configure(config): config.addinivalue_line('markers', 'slow: minutes, not seconds; run by `pytest -m slow`')
+def pytest_configure(config):
+    config.addinivalue_line('markers', 'slow: minutes, not seconds; run by `pytest -m slow`')
+    config.addinivalue_line('markers', 'cluster: starts a real cluster of two workers on this machine, where dask or ray is installed')
 
 def pytest_collection_modifyitems(config, items):
     "Slow tests wait until they are asked for, by `-m` or by name"
