@@ -9,7 +9,7 @@ __all__ = ['RETRAINS', 'CONTROLS', 'LATER', 'NAMED', 'LEAST', 'MOST', 'USUAL', '
            'row']
 
 # %% ../../nbs/experiments/run.ipynb #c002
-import base64, contextlib, copy, functools, hashlib, importlib.metadata, itertools, json, math, numbers, platform
+import base64, contextlib, copy, functools, hashlib, importlib.metadata, itertools, json, math, numbers, os, platform
 import time, typing, zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -290,7 +290,8 @@ def digest(
 
 def digest_of(images:Images, data:Data) -> str: # a split, and the set that it is of
     "What tells these images from others"
-    return digest(dict(x=images.x, y=images.y)) if isinstance(images.x, Tensor) else f'{data.name} ({len(images.y)})'
+    if not isinstance(images.x, Tensor): return f'{data.name} ({len(images.y)})'
+    return digest(dict(x=images.x, y=images.y, mean=data.mean, std=data.std))
 
 @functools.cache
 def processor() -> str: # such as 'Intel(R) Xeon(R) Processor 6.143.8 AVX512'
@@ -375,6 +376,9 @@ class Protocol:
 
     def forward(self, net:nn.Module) -> int: return int(cost(net, self.shape).macs.sum()) # multiply-accumulates of an image
 
+    def recalibration(self) -> int: # multiply-accumulates, of the whole network
+        return self.forward(self.net)*min(CALIBRATION, len(self.data.train.y))
+
 # %% ../../nbs/experiments/run.ipynb #c033
 def prune_steps(
     run:Run,
@@ -382,10 +386,11 @@ def prune_steps(
     data:Data,
     cache:Callable=no_cache, # (name, what it depends on, what works it out) -> tensors
     tell:Callable[..., None]|None=None, # called with what=, step=, steps=, epoch=, epochs=
-    progress:bool=True, # a bar while retraining
+    progress:bool|None=None, # a bar while retraining; None: unless a study shows how far it is
 ) -> Iterator[Step]:
     "Prune, rewind and retrain by the run's schedule, a step at a time (gradual: all of them after the training)"
     tell = tell or (lambda **kw: None)
+    if progress is None: progress = 'XPRUNE_PROGRESS' not in os.environ
     protocol = Protocol(run, net, data, cache)
     schedule = _gradual if run.schedule == 'gradual' else _repeated
     yield from schedule(protocol, tell, progress)
@@ -415,6 +420,7 @@ def _repeated(protocol:Protocol, tell:Callable, progress:bool) -> Iterator[Step]
         met = min(CALIBRATION, len(protocol.data.train.y))
         if live.connected: met += 3*images_met(protocol.data, run.recipe(i == n))
         spent = dict(score=macs, retrain=protocol.forward(live.net)*met)
+        if i < n: spent['retrain'] += protocol.recalibration() # of the whole network
         yield Step(ratio, scores, p, live, history, accuracy, seconds, spent, protocol.groups, nets)
 
 def copy_of(net:nn.Module) -> nn.Module: return copy.deepcopy(net).requires_grad_(False)
@@ -468,7 +474,9 @@ class _Growth:
         share = (self.ends[i]-self.ends[i-1])/self.ends[-1]
         paid = round(3*protocol.forward(model)*images_met(protocol.data, protocol.run.recipe())*share)
         seconds = dict(retrain=time.perf_counter()-self.begun)
-        if old: old.give(protocol.net); protocol.recalibrate(protocol.net)
+        if old:
+            protocol.recalibrate(old.give(protocol.net))
+            paid += protocol.recalibration()
         before, start = protocol.accuracy(model), time.perf_counter()
         self.tell(what='scoring', step=i, steps=n, epoch=0, epochs=0)
         scores, macs = protocol.score(i)

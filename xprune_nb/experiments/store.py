@@ -74,15 +74,17 @@ class Cache:
         path = self.folder/f'{name}-{key[:16]}.safetensors'
         with contextlib.suppress(OSError, ValueError, SafetensorError): return _read_result(path, key)
         found = {k: t.detach().cpu().contiguous() for k, t in make().items()}
-        write_whole(path, safetensors.torch.save(found, dict(key=key, sha256=digest(found))))
+        write_whole(path, safetensors.torch.save(found, dict(key=key, sha256=digest(found), order=json.dumps([*found]))))
         return found
 
 def _read_result(path:Path, key:str) -> dict[str, Tensor]:
     "A kept result (`ValueError` if it is another, or damaged)"
     with safetensors.safe_open(path, 'pt') as f:
         about, found = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
-    if about.get('key') != key or about.get('sha256') != digest(found): raise ValueError(f'{path.name} is damaged')
-    return found
+    order = json.loads(about.get('order', '[]')) # the file has one of its own
+    whole = about.get('key') == key and about.get('sha256') == digest(found) and {*order} == {*found}
+    if not whole: raise ValueError(f'{path.name} is damaged')
+    return {k: found[k] for k in order}
 
 def cache() -> Cache:
     "That of the store for which this page is carried out; outside of a study nothing is kept"
@@ -345,7 +347,7 @@ def _library(name:str, backend:str):
         raise OSError(f"backend '{backend}' needs what is not installed ({e}): pip install 'xprune_nb[{backend}]'") from e
 
 @contextlib.contextmanager
-def _backend(backend:str, n_jobs:int, address:str|None) -> Iterator[Callable]: # joblib's Parallel
+def _backend(backend:str, n_jobs:int, address:str|None, study:Mapping) -> Iterator[Callable]: # joblib's Parallel
     "joblib with a backend, connected to its cluster"
     import joblib
     with contextlib.ExitStack() as stack:
@@ -356,7 +358,8 @@ def _backend(backend:str, n_jobs:int, address:str|None) -> Iterator[Callable]: #
             ray, register_ray = _library('ray', backend), _library('ray.util.joblib', backend).register_ray
             if address and not ray.is_initialized(): ray.init(address=address, log_to_driver=False); stack.callback(ray.shutdown)
             register_ray()
-        stack.enter_context(joblib.parallel_config(backend=backend, n_jobs=n_jobs))
+        first = dict(initializer=_end_with, initargs=(study,)) if backend == 'loky' else {} # also before its first run
+        stack.enter_context(joblib.parallel_config(backend=backend, n_jobs=n_jobs, **first))
         yield joblib.Parallel
 
 def _pool_is_up() -> bool:
@@ -412,7 +415,7 @@ def execute(
     write_whole(store/WORK/'study.json', json.dumps(about))
     theirs, broken = _pool_is_up(), 0 # loky keeps one pool a process: one that was there before is the caller's
     try:
-        with Watch(store/WORK, runs, {r.id for r in runs if r not in left}, n_jobs, progress) as watch, _backend(backend, n_jobs, address) as parallel:
+        with Watch(store/WORK, runs, {r.id for r in runs if r not in left}, n_jobs, progress) as watch, _backend(backend, n_jobs, address, study) as parallel:
             while left:
                 whole = _pass(left, store, parallel, study, fresh, watch)
                 rest = [r for r in left if not settled(r)]
