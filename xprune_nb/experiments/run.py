@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RETRAINS', 'CONTROLS', 'LATER', 'NAMED', 'LEAST', 'MOST', 'USUAL', 'CALIBRATION', 'TIMED', 'Run', 'asked', 'grid',
-           'stream', 'shuffled', 'options', 'scoring_macs', 'images_met', 'Step', 'no_cache', 'digest', 'digest_of',
-           'processor', 'Protocol', 'prune_steps', 'copy_of', 'carry', 'pack', 'unpack', 'predictions', 'versions',
-           'row']
+           'stream', 'shuffled', 'options', 'planning', 'scoring_macs', 'images_met', 'Step', 'no_cache', 'digest',
+           'digest_of', 'processor', 'Protocol', 'prune_steps', 'copy_of', 'carry', 'pack', 'unpack', 'predictions',
+           'versions', 'row']
 
 # %% ../../nbs/experiments/run.ipynb #c002
 import base64, contextlib, copy, functools, hashlib, importlib.metadata, itertools, json, math, numbers, os, platform
@@ -229,6 +229,12 @@ def options(run:Run) -> dict: # of `score`, which gives each criterion those tha
     return dict(steps=run.path_steps, baseline=run.baseline_input, target=run.target, aggregate=run.aggregate,
                 composite=run.composite, epsilon=run.epsilon)
 
+def planning(run:Run) -> dict: # of `plan`
+    "What a run tells the plan"
+    protect = [p.strip() for p in run.protect.split(',') if p.strip()]
+    return dict(scope=run.scope, coupling=run.coupling, reduce=run.reduce, normalise=run.normalise, floor=run.floor,
+                protect=protect, round_to=run.round_to)
+
 def scoring_macs(
     run:Run,
     net:nn.Module, # in eval mode; left as it was
@@ -348,9 +354,7 @@ class Protocol:
         "Make the plan of a step from its scores; what has gone stays gone"
         r, together = self.run, self.groups if self.run.coupling == 'coupled' else None
         if r.control == 'shuffled': scores = shuffled(scores, stream(r, i), together, self.plan)
-        protect = [p.strip() for p in r.protect.split(',') if p.strip()]
-        how = dict(scope=r.scope, coupling=r.coupling, reduce=r.reduce, normalise=r.normalise, floor=r.floor,
-                   protect=protect, round_to=r.round_to, groups=self.groups, within=self.plan)
+        how = dict(planning(r), groups=self.groups, within=self.plan)
         by_macs = lambda: ratio_for(self.net, scores, r.macs_left, self.shape, r.norm, **how)
         ratio = self.goals[i-1] if r.macs_left == 1 else by_macs()
         p = plan(scores, ratio, **how)

@@ -358,7 +358,8 @@ def _backend(backend:str, n_jobs:int, address:str|None, study:Mapping) -> Iterat
             ray, register_ray = _library('ray', backend), _library('ray.util.joblib', backend).register_ray
             if address and not ray.is_initialized(): ray.init(address=address, log_to_driver=False); stack.callback(ray.shutdown)
             register_ray()
-        first = dict(initializer=_end_with, initargs=(study,)) if backend == 'loky' else {} # also before its first run
+        mine = backend == 'loky' and not _pool_is_up() # joblib would replace a pool of the caller's by one with another beginning
+        first = dict(initializer=_end_with, initargs=(study,)) if mine else {} # also before its first run
         stack.enter_context(joblib.parallel_config(backend=backend, n_jobs=n_jobs, **first))
         yield joblib.Parallel
 
