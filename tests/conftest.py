@@ -1,7 +1,7 @@
 import os
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # before torch is imported; runs and kernels started by a test inherit it
 
-import random
+import asyncio, random
 import numpy as np, pytest, torch
 
 def pytest_configure(config):
@@ -18,6 +18,14 @@ def pytest_collection_modifyitems(config, items):
 def seeded():
     "Whatever a test draws without saying how, it draws the same each time, in any order of tests"
     random.seed(0), np.random.seed(0), torch.manual_seed(0)
+
+@pytest.fixture(autouse=True)
+def apart(request):
+    "A browser that an earlier test of this process has opened leaves an event loop running: other tests are not to see it"
+    if 'chrome' in request.fixturenames: yield; return
+    loop = asyncio._get_running_loop(); asyncio._set_running_loop(None)
+    yield
+    asyncio._set_running_loop(loop)
 
 @pytest.fixture(scope='session')
 def chrome():

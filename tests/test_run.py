@@ -467,15 +467,15 @@ def test_a_row_is_the_same_with_and_without_a_cache(tiny, kw):
     assert timeless(plain) == timeless(cold) == timeless(warm) and worked and memory.worked == worked
 
 @pytest.mark.parametrize('kw,again', [
-    (dict(ratio=.5), set()), (dict(coupling='coupled', norm='alive', floor=2, round_to=2), set()), (dict(rewind=5, retrain='weights'), set()), (dict(lr=.1, augment=False, decay='cosine'), set()), (dict(control='shuffled'), set()),
-    (dict(seed=1), {'scores', 'macs'}), (dict(images=11), {'scores', 'macs'}), (dict(path_steps=3), {'scores', 'macs'}), (dict(baseline_input='black'), {'scores', 'macs'}), (dict(target='predicted'), {'scores', 'macs'}), (dict(aggregate='max'), {'scores', 'macs'}),
-    (dict(criterion='magnitude'), {'scores', 'macs'})], ids=str)
+    (dict(ratio=.5), ''), (dict(coupling='coupled', norm='alive', floor=2, round_to=2), ''), (dict(rewind=5, retrain='weights'), ''), (dict(lr=.1, augment=False, decay='cosine'), ''), (dict(control='shuffled'), ''),
+    (dict(seed=1), 'scores macs'), (dict(images=11), 'scores macs'), (dict(path_steps=3), 'scores macs'), (dict(baseline_input='black'), 'scores macs'), (dict(target='predicted'), 'scores macs'), (dict(aggregate='max'), 'scores macs'),
+    (dict(criterion='magnitude'), 'scores macs')], ids=str)
 def test_what_depends_on_something_else_is_worked_out_again(tiny, kw, again):
     "And nothing besides"
     memory = Memory()
     cached(Run(**BASE), tiny, memory); memory.worked.clear()
     cached(Run(**dict(BASE, **kw)), tiny, memory)
-    assert set(memory.worked) == again and len(memory.worked) == len(again)
+    assert sorted(memory.worked) == sorted(again.split())
 
 def test_other_weights_images_and_threads_are_something_else(tiny, monkeypatch):
     memory, run = Memory(), Run(**BASE)

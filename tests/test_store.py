@@ -383,7 +383,7 @@ def test_a_study_that_is_interrupted_leaves_nothing_half(toy, tmp_path, kw):
         until(lambda: len(toy.begun()) == n, what='the runs begin')
         family = psutil.Process(study.pid).children(recursive=True)
         os.killpg(study.pid, signal.SIGINT)
-        err = study.communicate(timeout=20)[1]
+        err = study.communicate(timeout=60)[1]
         assert study.returncode and 'KeyboardInterrupt' in err and psutil.wait_procs(family, timeout=10)[1] == []
     finally: kill_all(study, family)
     assert len(toy.begun()) == n and found(tmp_path/'store') == []
