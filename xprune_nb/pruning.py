@@ -1160,7 +1160,7 @@ def scores_chart(
     plan:Plan, # made from them
     colour:str='#0072B2', # of what stays
     title:str='Scores',
-    most:int=40, # marks a convolution: every k-th filter by rank where there are more
+    most:int=20, # marks a convolution: every k-th filter by rank where there are more
 ) -> 'alt.Chart':
     "Scores by convolution, and which of them stay"
     import altair as alt

@@ -42,18 +42,21 @@ def papermill_here(
         def execute_managed_notebook(cls, manager, kernel_name, **kw): run_cells(manager, shell or CaptureShell())
     papermill_engines.register('here', Here)
     return papermill.execute_notebook(notebook, out, dict(parameters), engine_name='here', kernel_name='python3',
-                                      language='python', cwd=Path(notebook).parent, progress_bar=False)
+                                      language='python', cwd=Path(notebook).parent, progress_bar=False,
+                                      request_save_on_cell_execute=False) # once, at the end
 
 # %% ../../nbs/experiments/warm.ipynb #c007
 def preload(): # a CaptureShell
     "Import what a run needs and make a shell, so that the children have both"
-    import functools, altair, execnb.shell, nbformat, papermill, torch, torch_pruning, vl_convert
+    import functools, gc, altair, execnb.shell, nbformat, papermill, torch, torch_pruning, vl_convert
     import matplotlib_inline.backend_inline
     from xprune_nb import charts, data, experiments
     from torchvision import models
     torch.set_num_threads(1) # a process that has had threads can't be forked safely
     data.load = functools.cache(data.load) # the images are read once
-    return execnb.shell.CaptureShell()
+    shell = execnb.shell.CaptureShell()
+    gc.freeze() # a child that looks for garbage among what is here would copy all of it
+    return shell
 
 def _end_without(parent:int) -> None:
     "In a child: end when the process that it is a copy of has ended"
