@@ -38,7 +38,7 @@ def _both(**lists) -> list[dict]:
 
 SMALL = dict(
     quick=Study(_both(data='cifar10-mini', criterion=FOUR, ratio=[0.5, 0.9], images=64),
-                'the embedded images, one epoch', 'about 1.5 minutes on two quiet cores'),
+                'the embedded images, one epoch', 'about two minutes on two quiet cores'),
     cpu=Study(_both(data='cifar10', criterion=FOUR, ratio=[0.5, 0.7, 0.9], images=128),
               'the whole CIFAR-10, one epoch', 'under an hour on two cores'))
 
