@@ -90,11 +90,12 @@ def test_a_run_that_was_killed_is_tried_once_more(player, tmp_path, monkeypatch)
         return player(*args)
     monkeypatch.setattr(room, 'carry_out', killed)
     assert play(RUNS[:1], tmp_path).status.tolist() == ['done']
-    assert play(RUNS[1:2], tmp_path).error.tolist() == ['the run was killed (signal 9, SIGKILL), twice']
+    nbformat.write(page(), tmp_path/f'{RUNS[1].id}.ipynb')  # of an earlier attempt
+    assert play(RUNS[1:2], tmp_path).error.tolist() == ['the run was killed (signal 9, SIGKILL), twice'] and not (tmp_path/f'{RUNS[1].id}.ipynb').exists()
     def gone(*args): raise Orphaned('the study is gone')
     monkeypatch.setattr(room, 'carry_out', gone)
     with pytest.raises(Orphaned): execute_one(RUNS[2], tmp_path)
-    assert len(found(tmp_path)) == 3 and unfinished(tmp_path) == []
+    assert len(found(tmp_path)) == 3 and unfinished(tmp_path) == []  # a row with its page, and one without
 
 # --- a row is what its name says ---
 
@@ -305,9 +306,10 @@ def kill_all(study, family=()):
     study.communicate()
 
 def whole(store, runs):
-    "Each run has its row once, with its page, and nothing else is there"
+    "Each run has its row once, with its page unless it was killed, and nothing else is there"
     with warnings.catch_warnings(): warnings.simplefilter('error'); table = rows(store)
-    assert sorted(table.run_id) == sorted(r.id for r in runs) and found(store) == sorted(f'{r.id}{s}' for r in runs for s in ('.ipynb', '.json')) and unfinished(store) == []
+    pages = [f'{i}.ipynb' for i in table.run_id[~table.error.str.startswith('the run was killed')]]
+    assert sorted(table.run_id) == sorted(r.id for r in runs) and found(store) == sorted([*pages, *(f'{r.id}.json' for r in runs)]) and unfinished(store) == []
     for r in table.to_dict('records'):
         if r['status'] == 'done': assert row_of(nbformat.read(store/f"{r['run_id']}.ipynb", 4))['run_id'] == r['run_id']
     return table

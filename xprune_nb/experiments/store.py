@@ -291,6 +291,7 @@ def execute_one(
             for p in (done, store/f'{run.id}.json'): _aside(p)
             content = part.read_bytes() if part.exists() else b''
             if content: write_whole(done, content)
+            else: done.unlink(missing_ok=True) # a killed run leaves no page, and that of an earlier attempt is not its own
             r |= dict(seconds=time.perf_counter()-begin, written=time.time(), page=hashlib.sha256(content).hexdigest())
             write_whole(store/f'{run.id}.json', json.dumps(r, indent=1))
             return r
