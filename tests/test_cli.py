@@ -15,13 +15,13 @@ from xprune_nb import cli, experiments
 from xprune_nb.cli import COMMANDS, PRESETS, Study, lacking, main, preset, read_grid, runs_of
 from xprune_nb.criteria import CRITERIA
 from xprune_nb.data import DATASETS, read_about, write_about
-from xprune_nb.experiments import BACKENDS, ROW_MIME, WORK, Run, asked_for, execute, grid, read_table, row_of, status, store as room
+from xprune_nb.experiments import BACKENDS, ROW_MIME, HIDDEN, Run, asked_for, execute, grid, read_table, row_of, status, store as room
 from xprune_nb.model import MODELS, baseline, baselines
 from xprune_nb.results import thesis
 
 ROOT = Path(__file__).resolve().parent.parent
 says = lambda *parts: '.*'.join(map(re.escape, parts))
-found = lambda folder: sorted(p.name for p in Path(folder).iterdir() if p.name != WORK) if Path(folder).exists() else []
+found = lambda folder: sorted(p.name for p in Path(folder).iterdir() if p.name != HIDDEN) if Path(folder).exists() else []
 TINY = dict(criterion=['random', 'magnitude'], ratio=[.5, .9], epochs=0, images=10)
 BOTH = [dict(TINY, schedule=s) for s in ('oneshot', 'iterative')]
 
@@ -293,11 +293,11 @@ def test_status_says_what_is_done_failed_and_waits(broken, capsys):
 def test_status_says_what_is_running_and_what_the_rest_takes(broken, capsys, monkeypatch):
     waiting = preset('tiny')[6:]
     about = dict(what='retraining', step=2, steps=3, epoch=4, epochs=15, begin=time.time()-60, host=experiments.store.socket.gethostname(), pid=os.getpid())
-    Path(f'runs/tiny/{WORK}/{waiting[0].id}.progress').write_text(json.dumps(about))
+    Path(f'runs/tiny/{HIDDEN}/{waiting[0].id}.progress').write_text(json.dumps(about))
     for p in Path('runs/tiny').glob('*.json'): p.write_text(json.dumps(json.loads(p.read_text()) | dict(seconds=100.)))
     capsys.readouterr(); main(['status', 'runs/tiny'])
     out = capsys.readouterr().out.splitlines()
-    jobs = json.loads(Path(f'runs/tiny/{WORK}/study.json').read_text())['n_jobs']
+    jobs = json.loads(Path(f'runs/tiny/{HIDDEN}/study.json').read_text())['n_jobs']
     assert jobs == 1 and out[0] == 'runs/tiny: of 8 runs 4 done, 1 running, 2 failed, 1 waiting; about 0:02:19 left' or out[0].endswith('about 0:02:20 left')
     assert out[1].startswith(f'  {waiting[0].id}: retraining, step 2 of 3, epoch 4 of 15 (0:01:0')
 
@@ -305,7 +305,7 @@ def test_a_study_that_was_killed_is_not_said_to_run(broken, capsys):
     "A run's last word outlives it where it was killed"
     ended = subprocess.Popen([sys.executable, '-c', '']); ended.wait()
     gone = dict(host=experiments.store.socket.gethostname(), pid=ended.pid)
-    work, r = Path('runs/tiny')/WORK, preset('tiny')[6]
+    work, r = Path('runs/tiny')/HIDDEN, preset('tiny')[6]
     (work/f'{r.id}.progress').write_text(json.dumps(dict(gone, what='scoring', begin=0.)))
     (work/'study.json').write_text(json.dumps(json.loads((work/'study.json').read_text()) | gone))
     capsys.readouterr(); main(['status', 'runs/tiny'])
@@ -346,7 +346,7 @@ def test_a_table_of_many_kinds_can_be_parquet(player):
 SHORT = dict(criterion='random', epochs=0, images=10)
 
 def test_clean_only_says_until_it_is_told(broken, capsys):
-    work, r = Path('runs/tiny')/WORK, preset('tiny')[0]
+    work, r = Path('runs/tiny')/HIDDEN, preset('tiny')[0]
     left = work/f'{r.id}.there-1-2.part.ipynb'; left.write_text('half a page')
     (work/'cache').mkdir(exist_ok=True); (work/'cache'/'scores-1.safetensors').write_text('x')
     before = found('runs/tiny'); capsys.readouterr()
@@ -515,7 +515,7 @@ def test_status_of_a_study_that_is_under_way_then_killed(tmp_path):
     (tmp_path/'two.toml').write_text('criterion = "random"\nepochs = [3, 4]\nimages = 10\n')
     asked = subprocess.Popen([sys.executable, '-m', 'xprune_nb', 'study', '--grid', 'two.toml', '--jobs', '1'], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, env={**os.environ, 'PYTHONPATH': str(ROOT)})
     store, deadline = tmp_path/'runs'/'two', time.monotonic() + 120
-    seen = lambda: cli.report(store) if (store/WORK/'study.json').exists() else ''
+    seen = lambda: cli.report(store) if (store/HIDDEN/'study.json').exists() else ''
     try:
         while 'epoch ' not in (said := seen()): assert time.monotonic() < deadline and asked.poll() is None; time.sleep(.2)
         assert re.search(r'of 2 runs 1 running, 1 waiting', said) and re.search(r'\n  oneshot-random-0.5-seed0-\w+: retraining, epoch \d of 3 \(0:0', said) and 'Nobody' not in said
@@ -530,8 +530,8 @@ def test_a_study_through_papermill_and_loky(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(PRESETS, 'tiny', Study([dict(TINY, ratio=[.5, .7])]))
     ask = ['study', '--preset', 'tiny', '--store', str(tmp_path/'runs'), '--figures', str(tmp_path/'figures')]
     assert main(ask) == 0
-    out, before = capsys.readouterr().out, {p: p.stat().st_mtime_ns for p in (tmp_path/'runs').iterdir() if p.name != WORK}
+    out, before = capsys.readouterr().out, {p: p.stat().st_mtime_ns for p in (tmp_path/'runs').iterdir() if p.name != HIDDEN}
     assert '4 of 4 runs done' in out and len(before) == 8 and {'oneshot.png', 'beside.svg', 'rows.csv'} <= set(found(tmp_path/'figures'))
     table = pd.read_csv(tmp_path/'figures'/'rows.csv')
     assert table.accuracy.between(0, 1).all() and (table.groupby('ratio').accuracy_dense.nunique() == 1).all() and (abs(table.alive + table.ratio - 1) < .01).all()
-    assert main(ask) == 0 and {p: p.stat().st_mtime_ns for p in (tmp_path/'runs').iterdir() if p.name != WORK} == before
+    assert main(ask) == 0 and {p: p.stat().st_mtime_ns for p in (tmp_path/'runs').iterdir() if p.name != HIDDEN} == before

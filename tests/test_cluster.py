@@ -7,7 +7,7 @@ import psutil
 import pytest
 
 from xprune_nb.cli import main
-from xprune_nb.experiments import WORK, execute, grid, read_row, read_table, rows, run_of
+from xprune_nb.experiments import HIDDEN, execute, grid, read_row, read_table, rows, run_of
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = grid(criterion='random', epochs=0, images=10, seed=[0, 1, 2])
@@ -21,7 +21,7 @@ class Killer(threading.Thread):
         deadline = time.monotonic() + 240
         while time.monotonic() < deadline and not self.worker:
             time.sleep(.02)
-            for path in (self.store/WORK).glob('*.progress') if [*self.store.glob('*.json')] else ():
+            for path in (self.store/HIDDEN).glob('*.progress') if [*self.store.glob('*.json')] else ():
                 try: page = psutil.Process(json.loads(path.read_text())['pid']); server = page.parent(); worker = server.parent()
                 except (OSError, ValueError, AttributeError, psutil.Error): continue # it has ended meanwhile
                 assert os.getpid() not in (server.pid, worker.pid)
@@ -43,8 +43,8 @@ def a_worker_killed(folder, *words):
         warnings.simplefilter('error')
         found = [read_row(store/f'{i}.json') for i in ids]
     assert [run_of(r) for r in found] == RUNS and {r['status'] for r in found} == {'done'}
-    assert sorted(p.name for p in store.iterdir()) == sorted([WORK, *(f'{i}.json' for i in ids), *(f'{i}.ipynb' for i in ids)])
-    assert [p.name for p in (store/WORK).iterdir() if 'part' in p.name or p.suffix == '.progress'] == []
+    assert sorted(p.name for p in store.iterdir()) == sorted([HIDDEN, *(f'{i}.json' for i in ids), *(f'{i}.ipynb' for i in ids)])
+    assert [p.name for p in (store/HIDDEN).iterdir() if 'part' in p.name or p.suffix == '.progress'] == []
     assert read_table(folder/'figures'/'three'/'rows.csv').run_id.tolist() == ids and rows(store, RUNS).accuracy.between(0, 1).all()
     for i in ids: assert len(re.findall(rf"^{i.rpartition('-')[0]}: 0\.\d+ \(", done.stderr, re.M)) == 1, 'each run is told of once'
 

@@ -16,12 +16,12 @@ from joblib.externals.loky import get_reusable_executor
 from papermill.exceptions import PapermillExecutionError
 
 from xprune_nb.data import load
-from xprune_nb.experiments import (LATER, ROW_MIME, WORK, Cache, Died, Orphaned, Run, Warm, asked_for, carry_out, clean, execute, execute_one, export, grid, prune_steps, read_row, remaining, row, row_of, rows, run_notebook,
+from xprune_nb.experiments import (LATER, ROW_MIME, HIDDEN, Cache, Died, Orphaned, Run, Warm, asked_for, carry_out, clean, execute, execute_one, export, grid, prune_steps, read_row, remaining, row, row_of, rows, run_notebook,
                                    run_of, status, store as room)
 from xprune_nb.model import baseline
 
 says = lambda *parts: '.*'.join(map(re.escape, parts))
-found = lambda folder: sorted(p.name for p in Path(folder).iterdir() if p.name != WORK)
+found = lambda folder: sorted(p.name for p in Path(folder).iterdir() if p.name != HIDDEN)
 unfinished = lambda folder: sorted(p.name for p in Path(folder).rglob('*') if 'part' in p.name or p.suffix == '.progress')
 FIELDS = [f.name for f in fields(Run)]
 timeless = lambda r: {k: v for k, v in r.items() if not k.startswith(('seconds', 'latency')) and k not in ('written', 'page')}
@@ -354,9 +354,9 @@ def test_a_study_that_was_killed_leaves_no_process(toy, tmp_path, kw):
         assert {pid for seed, pid, _ in toy.begun()[2-n:]} <= {p.pid for p in family}
         until(lambda: status(store).state.tolist() == (['running']*2 if n == 2 else ['done', 'running']), 10, 'the runs are seen')
         assert status(store).doing.tolist() == [''][n-1:] + ['retraining, epoch 3 of 15']*n
-        lies = unfinished(store), found(store), sorted((store/WORK).glob('*.lock'))
+        lies = unfinished(store), found(store), sorted((store/HIDDEN).glob('*.lock'))
         assert [p.name for p in clean(store, dry=False)] == [f'{runs[0].id}.lock'][n-1:]  # whoever is under way keeps what is his
-        assert (unfinished(store), found(store), [*lies[2][:2-n], *sorted((store/WORK).glob('*.lock'))]) == lies
+        assert (unfinished(store), found(store), [*lies[2][:2-n], *sorted((store/HIDDEN).glob('*.lock'))]) == lies
         os.kill(study.pid, signal.SIGKILL); begin = time.monotonic()
         assert psutil.wait_procs(family, timeout=20)[1] == [], f'after {time.monotonic()-begin:.0f} s'
         assert psutil.Process(study.pid).status() == psutil.STATUS_ZOMBIE
@@ -364,7 +364,7 @@ def test_a_study_that_was_killed_leaves_no_process(toy, tmp_path, kw):
     before = contents(store)
     assert sorted(before) == [f'{runs[0].id}{s}' for s in ('.ipynb', '.json')][2*(n-1):] and len(unfinished(store)) > 0  # it had no time to clean up
     assert status(store).state.tolist() == ['done', 'waiting'][n-1:] + ['waiting']*(n-1)
-    for name in f'.{runs[1].id}.json.99.part', f'.{runs[1].id}.ipynb.99.part', f'{WORK}/.{runs[1].id}.progress.99.part': (store/name).write_text('{')
+    for name in f'.{runs[1].id}.json.99.part', f'.{runs[1].id}.ipynb.99.part', f'{HIDDEN}/.{runs[1].id}.progress.99.part': (store/name).write_text('{')
     left = clean(store)
     assert {p.name for p in left} >= {*unfinished(store), f'{runs[1].id}.lock'} and all(p.exists() for p in left)
     toy.release()
@@ -456,7 +456,7 @@ def test_a_kernel_that_dies_while_starting_is_started_again(tmp_path, monkeypatc
     r = execute_one(run, tmp_path, fresh=True)
     assert (r['status'] == 'done') == (message is None) and (message or '') in r['error'] and len(asked) == min(len(deaths)+1, 3 if 'before' in str(deaths[0]) and len(deaths) > 1 else 1)
     assert all(nb == run_notebook() and p == asdict(run) for nb, p, _ in asked) and os.environ == before
-    for *_, kw in asked: assert kw['folder'] == run_notebook().parent and kw['env'] == before | dict(OMP_NUM_THREADS='3', TQDM_DISABLE='1', PYDEVD_DISABLE_FILE_VALIDATION='1', XPRUNE_CACHE=str(tmp_path/WORK/'cache'), XPRUNE_PROGRESS=str(tmp_path/WORK/f'{run.id}.progress'))
+    for *_, kw in asked: assert kw['folder'] == run_notebook().parent and kw['env'] == before | dict(OMP_NUM_THREADS='3', TQDM_DISABLE='1', PYDEVD_DISABLE_FILE_VALIDATION='1', XPRUNE_CACHE=str(tmp_path/HIDDEN/'cache'), XPRUNE_PROGRESS=str(tmp_path/HIDDEN/f'{run.id}.progress'))
     sockets = [kw['config'].KernelManager.ip for *_, kw in asked]
     assert all(kw['config'].KernelManager.transport == 'ipc' for *_, kw in asked) and len(set(sockets)) == len(sockets)
 
@@ -470,7 +470,7 @@ def test_kernels_that_overlap_have_environments_of_their_own(toy, tmp_path, monk
         until(lambda: len(toy.begun()) == 2, what='two kernels are there')
         assert os.getcwd() == str(tmp_path) and dict(os.environ) == before
     finally: toy.release(); study.join(60)
-    for i, r in enumerate(runs): assert (toy.folder/f'saw-{i}').read_text() == f"{i+1} {tmp_path/'store'/WORK/f'{r.id}.progress'} {toy.folder}"
+    for i, r in enumerate(runs): assert (toy.folder/f'saw-{i}').read_text() == f"{i+1} {tmp_path/'store'/HIDDEN/f'{r.id}.progress'} {toy.folder}"
     assert os.getcwd() == str(tmp_path) and dict(os.environ) == before
     whole(tmp_path/'store', runs)
 
@@ -533,15 +533,15 @@ def test_status_says_what_is_done_failed_and_why(player, tmp_path):
     for r in RUNS[:1]: (tmp_path/f'{r.id}.json').write_text('{')
     (tmp_path/f'{RUNS[3].id}.json').unlink()
     begin = dict(what='scoring', step=2, steps=3, epoch=0, epochs=0, begin=time.time()-60, host=socket.gethostname())
-    (tmp_path/WORK/f'{RUNS[0].id}.progress').write_text(json.dumps(dict(begin, pid=2**22+1)))  # there is no such process
+    (tmp_path/HIDDEN/f'{RUNS[0].id}.progress').write_text(json.dumps(dict(begin, pid=2**22+1)))  # there is no such process
     with warnings.catch_warnings(): warnings.simplefilter('error'); table = status(tmp_path)
     assert list(table) == ['run_id', 'state', 'error', 'doing', 'seconds'] and table.run_id.tolist() == [r.id for r in RUNS]
     assert table.state.tolist() == ['damaged', 'done', 'failed', 'waiting'] and table.error.tolist() == ['', '', 'ValueError: no filter is left', ''] and table.doing.tolist() == ['']*4
-    (tmp_path/WORK/f'{RUNS[2].id}.progress').write_text(json.dumps(dict(begin, pid=os.getpid())))
-    (tmp_path/WORK/f'{RUNS[3].id}.progress').write_text(json.dumps(dict(begin, host='another machine', pid=1)))
+    (tmp_path/HIDDEN/f'{RUNS[2].id}.progress').write_text(json.dumps(dict(begin, pid=os.getpid())))
+    (tmp_path/HIDDEN/f'{RUNS[3].id}.progress').write_text(json.dumps(dict(begin, host='another machine', pid=1)))
     table = status(tmp_path)
     assert table.state.tolist() == ['damaged', 'done', 'running', 'running'] and table.doing.tolist() == ['', ''] + ['scoring, step 2 of 3']*2 and 59 < table.seconds[3] < 70
-    (tmp_path/WORK/f'{RUNS[3].id}.progress').write_text('{')
+    (tmp_path/HIDDEN/f'{RUNS[3].id}.progress').write_text('{')
     assert status(tmp_path).state.tolist() == ['damaged', 'done', 'running', 'waiting']
 
 @pytest.mark.parametrize('suffix', ['.csv', '.parquet'])
@@ -562,14 +562,14 @@ def test_parquet_that_is_not_installed(tmp_path, monkeypatch):
 
 def test_cleaning_leaves_rows_and_whoever_holds_a_lock(player, tmp_path):
     play(RUNS[:2], tmp_path); before = contents(tmp_path)
-    (tmp_path/WORK/'cache').mkdir(); (tmp_path/WORK/'cache'/'dense-1.safetensors').write_text('x')
-    for r in RUNS[:2]: (tmp_path/WORK/f'{r.id}.elsewhere-1-2.part.ipynb').write_text('{')
-    with FileLock(tmp_path/WORK/f'{RUNS[1].id}.lock'):
+    (tmp_path/HIDDEN/'cache').mkdir(); (tmp_path/HIDDEN/'cache'/'dense-1.safetensors').write_text('x')
+    for r in RUNS[:2]: (tmp_path/HIDDEN/f'{r.id}.elsewhere-1-2.part.ipynb').write_text('{')
+    with FileLock(tmp_path/HIDDEN/f'{RUNS[1].id}.lock'):
         names = [f'{RUNS[0].id}.elsewhere-1-2.part.ipynb', f'{RUNS[0].id}.lock']
         assert sorted(p.name for p in clean(tmp_path)) == names and sorted(p.name for p in clean(tmp_path, dry=False)) == names
-        assert (tmp_path/WORK/f'{RUNS[1].id}.elsewhere-1-2.part.ipynb').exists() and (tmp_path/WORK/f'{RUNS[1].id}.lock').exists()
+        assert (tmp_path/HIDDEN/f'{RUNS[1].id}.elsewhere-1-2.part.ipynb').exists() and (tmp_path/HIDDEN/f'{RUNS[1].id}.lock').exists()
     assert sorted(p.name for p in clean(tmp_path, cache=True)) == ['cache', f'{RUNS[1].id}.elsewhere-1-2.part.ipynb', f'{RUNS[1].id}.lock']
-    assert (tmp_path/WORK/'cache').exists(); clean(tmp_path, dry=False, cache=True); assert [p.name for p in (tmp_path/WORK).iterdir()] == ['study.json']
+    assert (tmp_path/HIDDEN/'cache').exists(); clean(tmp_path, dry=False, cache=True); assert [p.name for p in (tmp_path/HIDDEN).iterdir()] == ['study.json']
     assert contents(tmp_path) == before and play(RUNS[:2], tmp_path).status.tolist() == ['done', 'done'] and len(player.runs) == 2
 
 # --- what runs share ---
@@ -761,9 +761,9 @@ def test_a_warm_run_is_the_same_run_by_hand(served):
 def test_what_runs_share_is_worked_out_once(served):
     "The dense network for all of them; scores for each criterion, and for the second step of the iterative run, whose first is that of the one-shot run"
     store, other, _ = served
-    kept = lambda s: {k: len(list((s/WORK/'cache').glob(f'{k}-*.safetensors'))) for k in ('dense', 'val', 'scores', 'macs')}
-    assert kept(store) == dict(dense=1, val=1, scores=6, macs=5) and kept(other) == dict(dense=1, val=1, scores=1, macs=1) and len(list((store/WORK/'cache').iterdir())) == 13
-    names = lambda s: {p.name for p in (s/WORK/'cache').glob('[!d]*')}
+    kept = lambda s: {k: len(list((s/HIDDEN/'cache').glob(f'{k}-*.safetensors'))) for k in ('dense', 'val', 'scores', 'macs')}
+    assert kept(store) == dict(dense=1, val=1, scores=6, macs=5) and kept(other) == dict(dense=1, val=1, scores=1, macs=1) and len(list((store/HIDDEN/'cache').iterdir())) == 13
+    names = lambda s: {p.name for p in (s/HIDDEN/'cache').glob('[!d]*')}
     assert names(other) < names(store)  # by the same names, in another process
 
 @pytest.mark.parametrize('where', ['warm', 'fresh'])
