@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['GIVEN', 'OPS', 'KINDS', 'Ref', 'Batch', 'Op', 'Graph', 'untouched', 'unwrapped', 'Row', 'row', 'may_be_negative',
-           'values', 'run', 'prove', 'read', 'Walk', 'follow', 'tied', 'stopped', 'classes', 'groups', 'cost']
+           'weights', 'values', 'run', 'prove', 'read', 'Walk', 'follow', 'tied', 'stopped', 'classes', 'groups',
+           'cost']
 
 # %% ../nbs/graph.ipynb #c002
 import copy, inspect, io, logging, operator, re, traceback, warnings
@@ -118,7 +119,8 @@ def untouched(model:nn.Module) -> Iterator[None]:
         finally:
             for back in reversed(backs): back()
             with torch.no_grad():
-                for b, old in buffers: b.copy_(old)
+                for b, old in buffers:
+                    if b.is_meta or not torch.equal(b, old): b.copy_(old) # a write counts as a change
 
 # %% ../nbs/graph.ipynb #c019
 def unwrapped(model:nn.Module) -> nn.Module:
@@ -426,7 +428,9 @@ _NO_ROW = Row()
 # %% ../nbs/graph.ipynb #c072
 def _bounded(op:Op, before:bool) -> bool:
     "Behind a lower bound"
-    low = op.args[1] if len(op.args) > 1 else op.kwargs.get('min', op.kwargs.get('min_val', -1))
+    low, high = [*op.args[1:3], None, None][:2]
+    low, high = op.kwargs.get('min', low), op.kwargs.get('max', high)
+    if high is not None and (not isinstance(high, (int, float)) or high < 0): return True
     return before and (not isinstance(low, (int, float)) or low < 0)
 
 def _counted(op:Op, before:bool) -> bool:
@@ -438,9 +442,9 @@ def _counted(op:Op, before:bool) -> bool:
 _rows('each', 'never', 'relu relu6 sigmoid hardsigmoid abs square exp softplus')
 _rows('each', 'may', 'silu hardswish gelu leaky_relu elu selu celu mish tanh hardshrink log_sigmoid')
 _rows('each', 'may', 'prelu neg sub rsub log sin cos erf sign instance_norm batch_norm')
-_rows('each', _bounded, 'hardtanh clamp clamp_min threshold')
-_rows('each', _counted, 'add mul div where masked_fill')
-_rows('each', 'as before', 'sqrt rsqrt reciprocal maximum minimum clamp_max pow floor ceil round')
+_rows('each', _bounded, 'hardtanh clamp clamp_min')
+_rows('each', _counted, 'add mul div where masked_fill threshold clamp_max')
+_rows('each', 'as before', 'sqrt rsqrt reciprocal maximum minimum pow floor ceil round')
 _rows('each', 'as before', 'eq ne gt lt ge le logical_not logical_and bitwise_not')
 _rows('each', 'as before', 'clone contiguous detach alias to _to_copy type_as lift_fresh_copy')
 _rows('each', 'as before', 'dropout feature_dropout alpha_dropout expand expand_as')
@@ -475,7 +479,10 @@ def may_be_negative(graph:Graph) -> dict[str, bool]: # by name
     return found
 
 # %% ../nbs/graph.ipynb #c082
-def _weights_of(graph:Graph, model:nn.Module) -> dict[str, Tensor]: # by the user's names
+def weights(
+    graph:Graph,
+    model:nn.Module, # whose weights it takes, not in a wrapper
+) -> dict[str, Tensor]: # by the user's names
     "What is given to the graph beside the image, live"
     found = dict(model.named_parameters(remove_duplicate=False))
     found |= dict(model.named_buffers(remove_duplicate=False))
@@ -499,7 +506,7 @@ def values(
     if graph.batch not in (None, len(x)):
         raise ValueError(f'the code of {type(model).__name__} has a batch of {graph.batch} images '
                          f'written into it; this one has {len(x)}')
-    found = _weights_of(graph, unwrapped(model)) | {graph.image.name: x}
+    found = weights(graph, unwrapped(model)) | {graph.image.name: x}
     for o in graph.ops:
         if o.op in GIVEN: continue
         args, kwargs = _filled((o.args, dict(o.kwargs)), found.__getitem__, len(x))
