@@ -9,7 +9,8 @@ from latex2mathml.converter import convert
 
 SECTIONS = { # caption in the sidebar -> patterns of pages (notebooks by their path in nbs/, or pages made by build.py)
     'Start': ['start', 'explore'],
-    'Rooms': ['core', 'charts', 'graph', '0[0-4]_*', *(f'experiments/{o}' for o in ('run', 'warm', 'progress', 'store')), '0[6-9]_*'],
+    'Rooms': ['core', 'charts', 'graph', '0[01]_*', *(f'criteria/{o}' for o in ('attribution', 'relevance', 'scores', 'importance')),
+              '0[2-4]_*', *(f'experiments/{o}' for o in ('run', 'warm', 'progress', 'store')), '0[6-9]_*'],
     'The study': ['study', 'run'],
     'Tutorials': ['tutorials/*'],
     'How-to': ['howto/*'],

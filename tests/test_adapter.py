@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from torchvision import models
 
 from networks import restless
-from xprune_nb import criteria as room
+from xprune_nb.criteria import importance as room
 from xprune_nb.criteria import CRITERIA, Importance, score
 from xprune_nb.data import load, sample
 from xprune_nb.model import baseline, convs, cost

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from torchvision import models
 
 from networks import NEAR, close, images, restless, sequential, small
-from xprune_nb.attribution import folded
+from xprune_nb.criteria.attribution import folded
 from xprune_nb.criteria import (ACTIVATIONS, ATTRIBUTIONS, CRITERIA, ablation, activated, activation_mean, aggregated, apoz, attributions, bn_scale, check_criterion,
                                 check_scores, geometric_median, lrp, magnitude, magnitude_l2, options_of, overlap, score, spearman, taylor)
 from xprune_nb.charts import COLOURS

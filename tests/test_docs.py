@@ -223,7 +223,7 @@ def test_search_finds_pages_offline(visit):
     page.wait_for_selector('#search-results li a')
     page.wait_for_function('document.querySelector(".search-summary")?.textContent.match(/\\d+/)')
     found = page.locator('#search-results li a').evaluate_all('all => all.map(a => a.getAttribute("href").split(/[?#]/)[0])')
-    assert {'02_1_attribution.html', '02_criteria.html', 'study.html'} <= set(found) and wrong == []
+    assert {'criteria/attribution.html', 'criteria/scores.html', 'study.html'} <= set(found) and wrong == []
     page.close()
 
 CONTRAST = '''() => {

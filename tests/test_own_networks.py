@@ -8,10 +8,10 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.testing import assert_close
 
 from networks import close, images, restless, whole
-from xprune_nb.attribution import completeness
+from xprune_nb.criteria.attribution import completeness
 from xprune_nb.criteria import ATTRIBUTIONS, CRITERIA, ablation, attributions, score
 from xprune_nb.model import convs
-from xprune_nb.relevance import conservation, deeplift_maps
+from xprune_nb.criteria.relevance import conservation, deeplift_maps
 
 conv = lambda i, o, s=1, **k: nn.Conv2d(i, o, 3, s, 1, **k)
 mean = lambda h: h.mean((2, 3))

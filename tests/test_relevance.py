@@ -25,11 +25,11 @@ from zennit.torchvision import ResNetCanonizer
 from zennit.types import Activation, AvgPool, Convolution, Linear
 
 from networks import close, images, mobile, restless, sequential, small, NEAR
-from xprune_nb import relevance
-from xprune_nb.attribution import folded, gradient_activation_maps, on_every_path
+from xprune_nb.criteria import relevance
+from xprune_nb.criteria.attribution import folded, gradient_activation_maps, on_every_path
 from xprune_nb.graph import OPS
 from xprune_nb.model import baseline, convs
-from xprune_nb.relevance import (COMPOSITES, AlphaBeta, Epsilon, Flat, Gamma, ZBox, Zero, ZPlus, conservation, deeplift, deeplift_maps, deeplift_shap,
+from xprune_nb.criteria.relevance import (COMPOSITES, AlphaBeta, Epsilon, Flat, Gamma, ZBox, Zero, ZPlus, conservation, deeplift, deeplift_maps, deeplift_shap,
                                  deeplift_shap_maps, Multipliers, loss_slope, lrp, lrp_maps, relevance_net)
 
 MAPS = dict(lrp=lrp_maps, deeplift=deeplift_maps, deeplift_shap=deeplift_shap_maps)

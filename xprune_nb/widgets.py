@@ -30,8 +30,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .attribution import folded, outputs, outputs_of
-from .criteria import ATTRIBUTIONS, CRITERIA, attributions, check_scores, options_of, score, spearman
+from .criteria import (ATTRIBUTIONS, CRITERIA, attributions, check_scores, folded, options_of, outputs, outputs_of,
+                                score, spearman)
 from .charts import COLOURS, charts
 from .core import one_of, write_whole
 from .data import Data, Images, hold_out, load, normalisation, sample

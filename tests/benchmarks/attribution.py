@@ -9,8 +9,8 @@ import torch
 from captum.attr import LayerConductance
 from torch import nn
 
-from xprune_nb import attribution, relevance
-from xprune_nb.attribution import conductance_maps, folded, logit
+from xprune_nb.criteria import attribution, relevance
+from xprune_nb.criteria.attribution import conductance_maps, folded, logit
 from xprune_nb.criteria import score, spearman
 from xprune_nb.data import load, sample
 from xprune_nb.model import baseline, convs

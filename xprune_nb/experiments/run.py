@@ -23,12 +23,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import __version__
 from ..core import one_of
-from ..criteria import AGGREGATIONS, BASELINES, CRITERIA, options_of, score
+from ..criteria import AGGREGATIONS, BASELINES, COMPOSITES, CRITERIA, options_of, score
 from ..data import DATASETS, TRAINING, Data, Images, loader, sample
 from ..model import baseline, build, convs, cost, evaluating, load_weights
 from ..pruning import (COUPLINGS, NORMALISATIONS, NORMS, REDUCTIONS, SCHEDULES, SCOPES, SHARES, Live, Plan, _of,
                                alive_in_both, costing, groups, kept, plan, random_alive_as, ratio_for, shares)
-from ..relevance import COMPOSITES
 from ..shrinking import latencies
 from ..training import DECAYS, History, Recipe, evaluate, fast_on_cpu, fit, recalibrate, steps_of
 

@@ -1,0 +1,4 @@
+from .attribution import *
+from .relevance import *
+from .scores import *
+from .importance import *
