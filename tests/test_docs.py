@@ -242,7 +242,7 @@ CONTRAST = '''() => {
   return [...bad]
 }'''
 
-@pytest.mark.parametrize('name', ['index', '02_criteria', 'study', 'api'])
+@pytest.mark.parametrize('name', ['index', 'criteria/scores', 'study', 'api'])
 @pytest.mark.parametrize('scheme', ['light', 'dark'])
 def test_text_stands_out_from_its_ground(visit, name, scheme):
     "WCAG AA: 4.5 to 1; charts lie on white, in the dark too"
