@@ -7,11 +7,11 @@ from torch.nn import functional as F
 
 from xprune_nb.criteria import CRITERIA, score
 from xprune_nb.data import load, loader, sample
-from xprune_nb.experiments import Run, grid, prune_steps, row
+from xprune_nb.experiments import Run, grid, prune_steps, row, steady
 from xprune_nb.model import baseline, convs
 from xprune_nb.pruning import Live, cut, groups, plan
 from xprune_nb.shrinking import latencies
-from xprune_nb.training import Recipe, evaluate, fast_on_cpu, fit, sgd
+from xprune_nb.training import Recipe, _Step, _own_stream, evaluate, fast_routes, fit, sgd
 
 BEGIN, found = time.perf_counter(), {}
 
@@ -27,10 +27,10 @@ def part(name):
 def main(device, quick, out):
     gpu = device.startswith('cuda')
     wait = torch.cuda.synchronize if gpu else lambda: None
-    data, here = load('cifar10-mini'), baseline().net()
+    steady(torch.get_num_threads()); data, here = load('cifar10-mini'), baseline().net()
     there, moved = baseline().net().to(device), data.to(device)
     ours, theirs, gs = sample(data, 64), sample(moved, 64), groups(here)
-    far = lambda a, b: ((a.cpu() - b).abs().max()/b.abs().max().clamp_min(1e-30)).item()
+    far = lambda a, b, least=1e-30: ((a.cpu() - b).abs().max()/b.abs().max().clamp_min(least)).item()
 
     @part('machine')
     def _(): return dict(device=torch.cuda.get_device_name() if gpu else 'cpu', torch=torch.__version__, python=sys.version.split()[0])
@@ -47,7 +47,7 @@ def main(device, quick, out):
 
     p = plan(score('magnitude', here, *ours), .5, coupling='coupled', groups=gs)
 
-    @part('cut, and a training step of what is left: the largest difference from the CPU')
+    @part('cut, and a training step of what is left: the largest difference from the CPU, relative to a tensor\'s largest or to 0.001')
     def _():
         small = cut(here, p), cut(there, p)
         with torch.no_grad(): result = dict(cut=far(small[1](theirs[0]), small[0](ours[0])))
@@ -57,23 +57,39 @@ def main(device, quick, out):
             for m in live.net.modules():
                 if 'Dropout' in type(m).__name__: m.p = 0.
             F.cross_entropy(live.net(x), y).backward(); opt.step(); live.hush()
-        result['step'] = max(far(b, a) for a, b in zip(lives[0].net.state_dict().values(), lives[1].net.state_dict().values()) if a.is_floating_point())
+        result['step'] = max(far(b, a, 1e-3) for a, b in zip(lives[0].net.state_dict().values(), lives[1].net.state_dict().values()) if a.is_floating_point())
         return result
 
-    @part('images a second in training, batches of 128: the usual loop and ours, dense and cut')
+    @part('training with its steps recorded and replayed, and step by step: whether weights, statistics, losses are equal to the bit')
     def _():
-        def speed(net, ours, n=10 if quick else 60):
+        def learnt(warm):
+            usual, _Step.WARM = _Step.WARM, warm
+            try:
+                live = Live(there, p)
+                history = fit(live.net, moved, Recipe(epochs=2), progress=False, after_step=live.hush)
+                return [*live.net.state_dict().values()], history.frame.drop(columns='seconds')
+            finally: _Step.WARM = usual
+        (a, h), (b, g) = learnt(3), learnt(10**9)
+        return dict(weights_equal=all(v.equal(w) for v, w in zip(a, b)), history_equal=h.equals(g), loss=h.train_loss.tolist())
+
+    @part('images a second in training, batches of 128: the usual loop; ours, dense and cut')
+    def _():
+        batches = list(loader(moved.train, moved, 128, 0))[:-1]
+        def usual(net, opt):
+            def step(x, y, rate):
+                opt.zero_grad(); loss = F.cross_entropy(net(x), y); loss.backward(); opt.step(); loss.item()
+            return step
+        def speed(net, ours, n=10 if quick else 200):
             net = net.to(device).train()
             if ours: net = net.to(memory_format=torch.channels_last)
-            opt, batches, times = sgd(net, Recipe()), list(loader(moved.train, moved, 128, 0)), []
-            for i in range(n):
-                x, y = batches[i % (len(batches)-1)]
-                x = x if ours else x.contiguous()
+            opt = sgd(net, Recipe())
+            step = _Step(net, opt, lambda: None) if ours else usual(net, opt)
+            with _own_stream(torch.device(device)), fast_routes(net) if ours else torch.enable_grad():
+                for i in range(5): step(*batches[i % len(batches)], .01)
                 wait(); start = time.perf_counter()
-                with fast_on_cpu(net) if ours else torch.enable_grad():
-                    opt.zero_grad(); F.cross_entropy(net(x), y).backward(); opt.step()
-                wait(); times.append(time.perf_counter()-start)
-            return round(128/statistics.median(times[n//5:]))
+                for i in range(n): step(*batches[i % len(batches)], .01)
+                wait()
+            return round(128*n/(time.perf_counter()-start))
         plans = {f'{c} {r}': plan(score('magnitude', here, *ours), r, coupling=c, groups=gs) for c in ('independent', 'coupled') for r in (.5, .9)}
         result = {'dense, usual loop': speed(baseline().net(), False), 'dense': speed(baseline().net(), True)}
         return result | {f'live {k}': speed(Live(here, q).net, True) for k, q in plans.items()}

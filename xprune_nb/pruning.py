@@ -596,7 +596,7 @@ def silencer(
 def _zeroing(model:nn.Module, entries:Mapping[str, Tensor]) -> Callable[[], None]:
     "Set these entries of a network's tensors to 0 whenever called"
     tensors = model.state_dict(keep_vars=True)
-    work = [(tensors[k], gone.nonzero().flatten().to(tensors[k].device)) for k, gone in entries.items()]
+    work = [(tensors[k], gone.nonzero().flatten().to(tensors[k].device)) for k, gone in entries.items() if gone.any()]
     @torch.no_grad()
     def hush():
         for q, i in work: q.index_fill_(0, i, 0.)
@@ -989,7 +989,8 @@ class _Dropout(nn.Module):
         last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
         whole = torch.ones(len(x), self.width, *x.shape[2:], dtype=x.dtype, device=x.device)
         if last: whole = whole.contiguous(memory_format=torch.channels_last) # the order of the draws
-        return x*self.draw(whole, self.p, True)[:, self.stay.to(x.device)]
+        self.stay = self.stay.to(x.device) # once
+        return x*self.draw(whole, self.p, True)[:, self.stay]
 
 # %% ../nbs/03_pruning.ipynb #c071
 class Live:
