@@ -15,16 +15,17 @@ from xprune_nb.training import Recipe, _Step, _own_stream, evaluate, fast_routes
 
 BEGIN, found = time.perf_counter(), {}
 
-def part(name):
-    "A part of the script: says when it began; one that breaks does not stop the others"
-    def carry(f):
-        print(f'\n== {name} [{time.perf_counter()-BEGIN:.0f} s]', flush=True)
-        try: found[name] = f()
-        except Exception as e: found[name] = dict(error=f'{type(e).__name__}: {e}')
-        print(json.dumps(found[name], indent=1, default=str), flush=True)
-    return carry
-
-def main(device, quick, out):
+def main(device, quick, out, only):
+    def part(name, says):
+        "A part of the script: says when it began, is written when it ends; one that breaks does not stop the others"
+        def carry(f):
+            if only and name not in only: return
+            print(f'\n== {name}: {says} [{time.perf_counter()-BEGIN:.0f} s]', flush=True)
+            try: found[name] = dict(says=says, **f())
+            except Exception as e: found[name] = dict(says=says, error=f'{type(e).__name__}: {e}')
+            print(json.dumps(found[name], indent=1, default=str), flush=True)
+            if out: Path(out).mkdir(parents=True, exist_ok=True); (Path(out)/'gpu.json').write_text(json.dumps(found, indent=1, default=str))
+        return carry
     gpu = device.startswith('cuda')
     wait = torch.cuda.synchronize if gpu else lambda: None
     steady(torch.get_num_threads()); data, here = load('cifar10-mini'), baseline().net()
@@ -32,10 +33,10 @@ def main(device, quick, out):
     ours, theirs, gs = sample(data, 64), sample(moved, 64), groups(here)
     far = lambda a, b, least=1e-30: ((a.cpu() - b).abs().max()/b.abs().max().clamp_min(least)).item()
 
-    @part('machine')
+    @part('machine', 'machine')
     def _(): return dict(device=torch.cuda.get_device_name() if gpu else 'cpu', torch=torch.__version__, python=sys.version.split()[0])
 
-    @part('logits, scores, plans: the largest difference from the CPU, relative to a layer\'s largest; share of filters on whose fate both agree')
+    @part('scores', 'logits, scores, plans: the largest difference from the CPU, relative to a layer\'s largest; share of filters on whose fate both agree')
     def _():
         with torch.no_grad(): result = dict(logits=far(there(theirs[0]), here(ours[0])))
         for c in CRITERIA:
@@ -47,7 +48,7 @@ def main(device, quick, out):
 
     p = plan(score('magnitude', here, *ours), .5, coupling='coupled', groups=gs)
 
-    @part('cut, and a training step of what is left: the largest difference from the CPU, relative to a tensor\'s largest or to 0.001')
+    @part('step', 'cut, and a training step of what is left: the largest difference from the CPU, relative to a tensor\'s largest or to 0.001')
     def _():
         small = cut(here, p), cut(there, p)
         with torch.no_grad(): result = dict(cut=far(small[1](theirs[0]), small[0](ours[0])))
@@ -60,7 +61,7 @@ def main(device, quick, out):
         result['step'] = max(far(b, a, 1e-3) for a, b in zip(lives[0].net.state_dict().values(), lives[1].net.state_dict().values()) if a.is_floating_point())
         return result
 
-    @part('training with its steps recorded and replayed, and step by step: whether weights, statistics, losses are equal to the bit')
+    @part('recorded', 'training with its steps recorded and replayed, and step by step: whether weights, statistics, losses are equal to the bit')
     def _():
         def learnt(warm):
             usual, _Step.WARM = _Step.WARM, warm
@@ -72,7 +73,7 @@ def main(device, quick, out):
         (a, h), (b, g) = learnt(3), learnt(10**9)
         return dict(weights_equal=all(v.equal(w) for v, w in zip(a, b)), history_equal=h.equals(g), loss=h.train_loss.tolist())
 
-    @part('images a second in training, batches of 128: the usual loop; ours, dense and cut')
+    @part('speed', 'images a second in training, batches of 128: the usual loop; ours, dense and cut')
     def _():
         batches = list(loader(moved.train, moved, 128, 0))[:-1]
         def usual(net, opt):
@@ -94,12 +95,20 @@ def main(device, quick, out):
         result = {'dense, usual loop': speed(baseline().net(), False), 'dense': speed(baseline().net(), True)}
         return result | {f'live {k}': speed(Live(here, q).net, True) for k, q in plans.items()}
 
-    @part('milliseconds a pass, batches of 1 and 128: before and after the cut')
+    @part('latency', 'milliseconds a pass, batches of 1 and 128: before and after the cut')
     def _():
         ms = lambda n: [round(1e3*statistics.median(t), 3) for t in latencies((here, cut(here, p)), (3, 32, 32), n, device)]
         return {f'batch {n}': ms(n) for n in (1, 128)}
 
-    @part('a run, and what the grid of 120 would take at this speed, one run at a time')
+    @part('twice', 'the same run twice: whether rows repeat bit for bit there')
+    def _():
+        rows = []
+        for _ in range(2):
+            run, net = Run(criterion='magnitude', epochs=1, images=20), baseline().net().to(device)
+            rows.append(row(run, net, moved, list(prune_steps(run, net, moved, progress=False))))
+        return dict(predictions_equal=rows[0]['predicted'] == rows[1]['predicted'], accuracies=[r['accuracy'] for r in rows])
+
+    @part('run', 'a run, and what the grid of 120 would take at this speed, one run at a time')
     def _():
         try: name, images = ('cifar10-mini', data) if quick else ('cifar10', load('cifar10'))
         except OSError as e: name, images = 'cifar10-mini', data; print('the whole CIFAR-10 is not here:', e)
@@ -113,21 +122,12 @@ def main(device, quick, out):
                                                         grid_hours=round(60*(rest + an_epoch*(15 if run.schedule == 'oneshot' else 25))/3600, 2))
         return hours
 
-    @part('the same run twice: whether rows repeat bit for bit there')
-    def _():
-        rows = []
-        for _ in range(2):
-            run, net = Run(criterion='magnitude', epochs=1, images=20), baseline().net().to(device)
-            rows.append(row(run, net, moved, list(prune_steps(run, net, moved, progress=False))))
-        return dict(predictions_equal=rows[0]['predicted'] == rows[1]['predicted'], accuracies=[r['accuracy'] for r in rows])
-
     print(f'\nall parts in {time.perf_counter()-BEGIN:.0f} s')
-    if out: Path(out).mkdir(parents=True, exist_ok=True); (Path(out)/'gpu.json').write_text(json.dumps(found, indent=1, default=str))
     return int(any('error' in v for v in found.values() if isinstance(v, dict)))
 
 if __name__ == '__main__':
     a = argparse.ArgumentParser(description=__doc__)
-    a.add_argument('--device', default='cuda'); a.add_argument('--quick', action='store_true'); a.add_argument('--out', help='folder for gpu.json')
+    a.add_argument('--device', default='cuda'); a.add_argument('--quick', action='store_true'); a.add_argument('--out', help='folder for gpu.json'); a.add_argument('--only', help='parts, with commas')
     a = a.parse_args()
     if a.device.startswith('cuda') and not torch.cuda.is_available(): sys.exit('torch sees no GPU here: tests/gpu.sh --device cpu --quick tries the way there')
-    sys.exit(main(a.device, a.quick, a.out))
+    sys.exit(main(a.device, a.quick, a.out, (a.only or '').split(',') if a.only else ()))
