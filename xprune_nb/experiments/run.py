@@ -430,7 +430,9 @@ def _repeated(protocol:Protocol, tell:Callable, progress:bool) -> Iterator[Step]
         if i < n: protocol.recalibrate(net) # for the next scores: also what is dead has statistics
         seconds['retrain'] = time.perf_counter()-start
         accuracy = {k: protocol.accuracy(m) for k, m in nets.items()}
-        accuracy = dict(before=before, **accuracy, retrained=protocol.accuracy(live.net))
+        known = history.frame.get('val_accuracy', ()) # that of the last epoch is of this very network
+        retrained = [*known][-1] if len(known) else protocol.accuracy(live.net)
+        accuracy = dict(before=before, **accuracy, retrained=retrained)
         before = accuracy['retrained']
         met = min(CALIBRATION, len(protocol.data.train.y))
         if live.connected: met += 3*images_met(protocol.data, run.recipe(i == n))
