@@ -9,7 +9,8 @@ from latex2mathml.converter import convert
 
 SECTIONS = { # caption in the sidebar -> patterns of pages (notebooks by their path in nbs/, or pages made by build.py)
     'Start': ['start', 'explore'],
-    'Rooms': ['core', 'charts', 'graph', '0[0-4]_*', *(f'experiments/{o}' for o in ('run', 'warm', 'progress', 'store', 'thesis')), '0[6-9]_*'],
+    'Rooms': ['core', 'charts', 'graph', '0[0-2]_*', *(f'pruning/{o}' for o in ('plan', 'dead', 'cut', 'unstructured')), '0[3-4]_*',
+              *(f'experiments/{o}' for o in ('run', 'warm', 'progress', 'store', 'thesis')), '0[6-9]_*'],
     'The study': ['study', 'thesis', 'run'],
     'Tutorials': ['tutorials/*'],
     'How-to': ['howto/*'],
