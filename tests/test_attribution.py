@@ -12,9 +12,10 @@ from torch.testing import assert_close
 from torchvision import models
 
 from networks import NEAR, Twice, Untraceable, close, head, images, mobile, out_of_place, restless, sequential, small, torchvisions, whole
-from xprune_nb.attribution import (AGGREGATIONS, BASELINES, RULES, aggregated, completeness, conductance, conductance_maps, cuts, everything, folded,
-                                   frozen, gradient_activation_maps, gradient_shap_maps, integrated_gradients_maps, internal_influence_maps,
-                                   onward, outputs_of, start_of, traced)
+from xprune_nb.attribution import (AGGREGATIONS, BASELINES, QUADRATURES, aggregated, completeness, conductance, conductance_maps, folded,
+                                   gradient_activation_maps, gradient_shap_maps, integrated_gradients_maps, internal_influence_maps,
+                                   on_every_path, outputs_of, rest, start_of)
+from xprune_nb.graph import Ref, read
 from xprune_nb.model import batch_norms, convs
 
 METHODS = dict(gradient_activation=gradient_activation_maps, internal_influence=internal_influence_maps, conductance=conductance_maps,
@@ -185,12 +186,12 @@ def test_gauss_needs_few_steps_where_a_network_is_smooth():
     close(whole(conductance_maps(net, x, target=1, steps=20, rule='gauss')), fine, 1e-8)
     with pytest.raises(AssertionError): close(whole(conductance_maps(net, x, target=1, steps=20)), fine, 1e-8)
 
-@pytest.mark.parametrize('rule', RULES)
+@pytest.mark.parametrize('rule', QUADRATURES)
 def test_conductance_is_complete_in_the_limit(rule):
     net, (x, y) = small().double(), images()
     coarse, fine = (completeness(net, x, y, baseline=torch.ones(1).double(), steps=s, rule=rule) for s in (10, 1000))
     assert fine.gap.max() < 0.01*fine.change.abs().max() and fine.gap.max() < coarse.gap.max()/5
-    assert fine.cuts.tolist() == [True, False, False, False, True] and fine.gap.isna().tolist() == [False, True, True, True, False]
+    assert fine.every_path.tolist() == [True, False, False, False, True] and fine.gap.isna().tolist() == [False, True, True, True, False]
 
 def test_integrated_gradients_are_complete_and_so_is_the_loss():
     net, (x, y) = small().double(), images()
@@ -224,7 +225,7 @@ def test_chunks_change_nothing(name, chunk):
     net, (x, y) = small().double(), images(5)
     assert_close(run(name, net, x, y, chunk=chunk), run(name, net, x, y), rtol=1e-10, atol=1e-12)
 
-@pytest.mark.parametrize('rule', RULES)
+@pytest.mark.parametrize('rule', QUADRATURES)
 @settings(max_examples=20, deadline=None)
 @given(steps=st.integers(1, 12), chunk=st.integers(1, 40), n=st.integers(1, 4))
 def test_chunks_change_nothing_whatever_the_rule(rule, steps, chunk, n):
@@ -276,17 +277,16 @@ def test_a_convolution_that_runs_twice_adds_up(name):
     assert_close(run(name, net, x, y), {'conv': two['one'] + two['two']})
     with pytest.raises(ValueError, match="layer 'conv' runs more than once a pass, on maps of different sizes"): run(name, Twice(stride=2).double().eval(), x, y)
 
-def test_what_cannot_be_traced_is_explained_where_that_can_be_done():
+def test_what_cannot_be_read_is_explained_where_that_can_be_done():
+    "A branch on values: no graph says what the network does for another image"
     net, (x, y) = Untraceable().double().eval(), images()
     ours = whole(conductance_maps(net, x, y, steps=5, rule='captum'))
     net = out_of_place(net)
     close(ours, {n: captum.LayerConductance(net, m).attribute(x, target=y, n_steps=5).detach() for n, m in convs(net).items()}, 1e-10)
-    close(whole(gradient_activation_maps(net, x, y)), {n: captum.LayerGradientXActivation(net, m).attribute(x, target=y).detach() for n, m in convs(net).items()}, 1e-10)
     normed = Untraceable(norm=True).double().eval()
     whole(conductance_maps(normed, x, y)); whole(gradient_shap_maps(normed, x, y))  # the place does not matter to them
-    for maps in gradient_activation_maps, internal_influence_maps:  # here it does
-        with pytest.raises(ValueError, match='Untraceable cannot be traced into a graph by torch.fx'): whole(maps(normed, x, y))
-    with pytest.raises(ValueError, match='Untraceable cannot be traced'): whole(integrated_gradients_maps(net, x, y))
+    for maps in gradient_activation_maps, internal_influence_maps, integrated_gradients_maps:  # here it does
+        with pytest.raises(ValueError, match=r'the graph of Untraceable cannot be read at networks.py:\d+ return self.out\(self.second'): whole(maps(normed, x, y))
 
 def test_aggregations_by_numpy():
     a = torch.randn(5, 3, 4, 2).double()
@@ -322,21 +322,31 @@ def test_baselines():
     assert all(not torch.allclose(scores[a], scores[b]) for a in scores for b in scores if a < b)
     with pytest.raises(ValueError, match="baseline 'other' takes another of the images given, and there is 1"): conductance(net, x[:1], y[:1], baseline='other')
 
-def test_onward_is_the_rest_of_the_network():
-    for net in sequential(), small(), torchvisions()['resnet18']():
-        net, (x, _) = folded(net.double()), images(2, 32)
-        kept = everything(net, x)
-        for node in [n for n in net.graph.nodes if n.target in net.filters]:
-            assert_close(onward(net, kept, node, kept[node].repeat(3, 1, 1, 1)), net(x).repeat(3, 1))
+def again(program, x, name, copies):
+    "The rest of the network, on copies of what an operation puts out"
+    kept, (after, needed) = program.values(x), rest(program, name)
+    more = {n: kept[n].repeat(copies, *[1]*(kept[n].ndim-1)) for n in [*needed, name]}
+    return after, after.goes_on(more, copies*len(x))
 
-def test_onward_finds_sizes_anew():
+def test_the_rest_of_the_network():
+    for net in sequential(), small(), torchvisions()['resnet18']():
+        program, (x, _) = folded(net.double(), x := images(2, 32)[0]), images(2, 32)
+        for name in program.filters:
+            after, out = again(program, x, name, 3)
+            assert_close(out, net(x).repeat(3, 1))
+            assert name not in [o.name for o in after.ops] and len(after.ops) < len(program.ops)
+
+def test_the_rest_finds_sizes_anew_and_knows_whose_rows_are_whose():
     class Viewed(nn.Module):
+        "Rows that are no images stand between the image and the end of the network"
         def __init__(self): super().__init__(); self.a, self.b, self.out = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Linear(4*16, 4)
-        def forward(self, x): n, x = x.shape[0], self.a(x); return self.out(self.b(x).view(n, -1))
-    net, x = folded(Viewed().double().eval()), images(2, 4)[0]
-    kept = everything(net, x)
-    b, = (n for n in net.graph.nodes if n.target == 'b')
-    assert_close(onward(net, kept, b, kept[b].repeat(3, 1, 1, 1)), net(x).repeat(3, 1))
+        def forward(self, x):
+            n, x = x.shape[0], self.a(x)
+            turned = x.transpose(0, 1).relu() # (C,n,H,W)
+            return self.out((self.b(x) + turned.transpose(0, 1)).view(n, -1))
+    net, x = Viewed().double().eval(), images(2, 4)[0]
+    program = folded(net, x)
+    for name in program.filters: assert_close(again(program, x, name, 3)[1], net(x).repeat(3, 1))
 
 def test_half_precision_is_near():
     net, x, y = mobile(8, torch.float32)
@@ -382,19 +392,23 @@ def assert_same(now, before):
         if g is not None: assert_close(g, grad, rtol=0, atol=0)
     assert now[2:] == before[2:]
 
+class Fails(torch.utils._python_dispatch.TorchDispatchMode):
+    "The classifier fails in the midst of a later pass"
+    def __init__(self, passes, error): super().__init__(); self.left, self.error = passes, error
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.addmm.default:
+            if not self.left: raise self.error
+            self.left -= 1
+        return func(*args, **(kwargs or {}))
+
 @pytest.mark.parametrize('name', METHODS)
-@pytest.mark.parametrize('passes', [1, 2])
+@pytest.mark.parametrize('passes', [1, 5])
 @pytest.mark.parametrize('error', [KeyboardInterrupt(), RuntimeError('out of memory')])
 def test_model_is_left_as_it_was_after_an_interruption(name, passes, error, monkeypatch):
     net, x, y = used()
-    before, count = state(net), iter(range(10**6))
-    whole_linear = nn.functional.linear
-    def linear(*args):
-        if next(count) >= passes: raise error
-        return whole_linear(*args)
-    monkeypatch.setattr(nn.functional, 'linear', linear)  # the classifier fails in the midst of a later pass
-    with pytest.raises(type(error)): run(name, net, x, y, chunk=3)
-    monkeypatch.undo()
+    before = state(net)
+    folded(net, x)  # it is read
+    with pytest.raises(type(error)), Fails(passes, error): run(name, net, x, y, chunk=3)
     assert_same(state(net), before)
 
 def test_model_is_left_as_it_was_when_a_consumer_fails():
@@ -404,25 +418,17 @@ def test_model_is_left_as_it_was_when_a_consumer_fails():
     next(maps)  # and the generator is left hanging
     assert_same(state(net), before)
 
-def test_frozen_gives_back_what_was():
-    net, _, _ = used()
-    before = [p.requires_grad for p in net.parameters()]
-    with pytest.raises(KeyError), frozen(net):
-        assert not any(p.requires_grad for p in net.parameters())
-        raise KeyError
-    assert [p.requires_grad for p in net.parameters()] == before and not all(before)
-
-# --- graphs ---
+# --- programs ---
 
 @pytest.mark.parametrize('name', ['small', *torchvisions()])
 def test_folding_keeps_the_output_and_shares_what_it_can(name):
     net, (x, _) = (small if name == 'small' else torchvisions()[name])().double(), images(2, 32)
-    look = folded(net)
-    assert not any(isinstance(m, nn.BatchNorm2d) or getattr(m, 'inplace', False) for m in look.modules())
+    look = folded(net, x)
+    assert not any(o.op == 'batch_norm' for o in look.ops) and not any(t.requires_grad for t in look.held.values())
     assert_close(look(x), net(x), rtol=1e-9, atol=1e-9)
-    kept = folded(net, norms=False)
-    assert {p.data_ptr() for p in kept.parameters()} == {p.data_ptr() for p in net.parameters()}
-    assert list(look.filters) == list(convs(net)) == list(look.filters.values())
+    kept = folded(net, x, norms=False)
+    assert {p.data_ptr() for p in net.parameters()} <= {t.data_ptr() for t in kept.held.values()}
+    assert list(look.filters.values()) == list(kept.filters.values()) and set(look.filters.values()) == set(convs(net))
 
 def test_a_norm_is_folded_only_where_it_is_the_convolutions_own():
     class Both(nn.Module):
@@ -430,19 +436,32 @@ def test_a_norm_is_folded_only_where_it_is_the_convolutions_own():
         def __init__(self): super().__init__(); self.conv, self.norm, self.out = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Sequential(*head())
         def forward(self, x): a = self.conv(x); return self.out(self.norm(a) + a)
     net, (x, y) = restless(Both()).double(), images()
-    assert any(isinstance(m, nn.BatchNorm2d) for m in folded(net).modules())
-    assert_close(folded(net)(x), net(x))
+    assert any(o.op == 'batch_norm' for o in folded(net, x).ops)
+    assert_close(folded(net, x)(x), net(x))
     close(whole(conductance_maps(net, x, y, steps=3, rule='captum')), {'conv': captum.LayerConductance(net, net.conv).attribute(x, target=y, n_steps=3).detach()}, 1e-10)
 
-def test_which_layers_cut():
-    assert {n for n in cuts(traced(small())) if n in convs(small())} == {'0.0', '2.0'}
-    assert {n for n in cuts(traced(sequential())) if n in convs(sequential())} == {'0', '3'}
+def test_which_layers_are_on_every_path():
+    for make, want in (small, {'0.0', '2.0'}), (sequential, {'0', '3'}):
+        program = folded(make(), (3, 16, 16))
+        assert {program.filters[o] for o in on_every_path(program) if o in program.filters} == want
 
-def test_hooks_that_a_graph_would_leave_out_are_refused():
-    net, (x, y) = small().double(), images()
-    handle = net[0][1].register_forward_hook(lambda *a: None)
-    with pytest.raises(ValueError, match="layer '0.1' has a forward hook"): whole(gradient_activation_maps(net, x, y))
-    handle.remove(); whole(gradient_activation_maps(net, x, y))
+def test_a_program_that_is_not_the_network_is_refused(monkeypatch):
+    "Folding that forgets the shift"
+    from xprune_nb import attribution
+    whole_fuse = attribution.fuse_conv_bn_weights
+    monkeypatch.setattr(attribution, 'fuse_conv_bn_weights', lambda w, b, mean, var, eps, scale, shift: whole_fuse(w, b, mean, var, eps, scale, 0*shift))
+    with pytest.raises(ValueError, match=r'the program is not the network: `batch_norm` \(conv2d\) of 0.0 .* Nothing is returned'): folded(small().double(), (3, 16, 16))
+
+def test_values_are_dropped_when_nobody_needs_them():
+    "Of a chain of ten layers, no more than two outputs are there at a time"
+    import gc, weakref
+    net, seen, most = nn.Sequential(*[nn.Conv2d(3, 3, 1) for _ in range(10)], *head(3)).eval(), [], []
+    def watch(out):
+        seen.append(weakref.ref(out)); most.append(sum(r() is not None for r in seen))
+        return out
+    program = folded(net, (3, 8, 8))
+    with torch.no_grad(): program(images(2, 8, dtype=torch.float32)[0], dict.fromkeys(program.filters, watch))
+    assert len(most) == 10 and max(most) == 2
 
 # --- what is asked for wrongly ---
 

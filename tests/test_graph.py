@@ -345,6 +345,22 @@ def holds(seed):
     groups(graph), stopped(graph)
     reaches(graph, net, x, found)
 
+@pytest.mark.parametrize('f', [lambda h: F.threshold(h, 0, -5.), lambda h: h.relu().clamp(max=-1), lambda h: h.relu().clamp_max(-1), lambda h: F.hardtanh(h.relu(), -2, -1)])
+def test_a_bound_can_be_negative_itself(f):
+    net = Net(lambda s, x: f(s.a(x)), a=conv(3, 8)).eval()
+    graph = read(net, (3, 8, 8))
+    last = graph['mean'].ins[0]
+    assert (values(graph, net, images())[last] < 0).any() and may_be_negative(graph)[last]
+
+def test_a_look_changes_no_version_of_a_buffer():
+    "So that nobody takes the network for another one afterwards"
+    net = restless(nn.Sequential(conv(3, 4), nn.BatchNorm2d(4)))
+    before = [b._version for b in net.buffers()]
+    with room.untouched(net): net(images())
+    assert [b._version for b in net.buffers()] == before
+    with room.untouched(net): net[1].running_mean += 1
+    assert [b._version for b in net.buffers()] != before
+
 def reaches(graph, net, x, found):
     "Another value in one channel that a convolution makes changes nothing but what has its number, up to the next that mixes"
     walk = follow(graph); one = tied(walk)

@@ -4,25 +4,25 @@
 
 # %% auto #0
 __all__ = ['ACTIVATIONS', 'CRITERIA', 'ATTRIBUTIONS', 'random_scores', 'magnitude', 'magnitude_l2', 'geometric_median',
-           'bn_scale', 'activated', 'activation_mean', 'apoz', 'taylor', 'ablation', 'options_of', 'check_scores',
-           'score', 'attributions', 'check_criterion', 'spearman', 'overlap', 'Importance']
+           'bn_scale', 'activated', 'activation_mean', 'apoz', 'taylor', 'Silencer', 'ablation', 'options_of',
+           'check_scores', 'score', 'attributions', 'check_criterion', 'spearman', 'overlap', 'Importance']
 
 # %% ../nbs/02_criteria.ipynb #c002
 import inspect, zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .attribution import (AGGREGATIONS, BASELINES, RULES, TARGETS, aggregated, completeness, conductance, conductance_maps, cuts,
-                                   everything, explained, folded, frozen, gradient_activation, gradient_activation_maps, gradient_shap,
+from .attribution import (AGGREGATIONS, BASELINES, QUADRATURES, TARGETS, Program, aggregated, completeness, conductance,
+                                   conductance_maps, folded, gradient_activation, gradient_activation_maps, gradient_shap,
                                    gradient_shap_maps, integrated_gradients, integrated_gradients_maps, internal_influence,
-                                   internal_influence_maps, logit, looked_into, loss, onward, outputs_of, sweep, traced)
+                                   internal_influence_maps, logit, loss, norms_of, outputs_of, rest, sweep, target_classes)
 from .core import one_of
-from .model import batch_norms, convs, evaluating
+from .graph import Ref, read, row, unwrapped, weights_of
+from .model import convs, evaluating
 from .relevance import (COMPOSITES, KINKED, SMOOTH, conservation, deeplift, deeplift_maps, deeplift_shap, deeplift_shap_maps, lrp,
                                  lrp_maps, relevance_net)
 
@@ -66,51 +66,52 @@ def geometric_median(
 # %% ../nbs/02_criteria.ipynb #c011
 def bn_scale(
     model:nn.Module,
-    x:Tensor|None=None, # not looked at
+    x:Tensor|None=None, # only its shape is looked at; None: images of 32x32
     y:Tensor|None=None, # not looked at
 ) -> dict[str, Tensor]: # conv name -> (O,) >= 0
     "Size of the scale that a filter's batch norm gives it (`ValueError` for convolutions without one)"
-    traced(model) # says in a sentence if that can't be
-    layers, norms = dict(model.named_modules()), batch_norms(model)
-    if bare := [n for n in convs(model) if n not in norms or layers[norms[n]].weight is None]:
-        raise ValueError(f"bn_scale: {len(bare)} of {len(convs(model))} convolutions have no batch norm with a scale behind them: {', '.join(bare)}")
-    return {n: layers[norms[n]].weight.detach().abs() for n in convs(model)}
+    layers = convs(model := unwrapped(model))
+    graph = read(model, (next(iter(layers.values())).in_channels, 32, 32) if x is None else x)
+    held, found = weights_of(graph, model), {}
+    for conv, norm in norms_of(graph).items():
+        scale = graph[norm].args[1]
+        if scale is not None and graph[conv].layer in layers: found[graph[conv].layer] = held[scale.name].detach().abs()
+    if bare := [n for n in layers if n not in found]:
+        raise ValueError(f"bn_scale: {len(bare)} of {len(layers)} convolutions have no batch norm with a scale behind them: {', '.join(bare)}")
+    return {n: found[n] for n in layers}
 
 # %% ../nbs/02_criteria.ipynb #c015
-ACTIVATIONS = *KINKED, *SMOOTH # a layer's class, a function or a tensor's method that takes each unit by itself, and no weights
+ACTIVATIONS = *KINKED, *SMOOTH # operations that take each unit by itself, and no weights
 
 def activated(
-    net:fx.GraphModule, # `folded`
-) -> dict[fx.Node, fx.Node]: # a convolution's run -> the step where its output is activated, or itself if it has no activation of its own
+    program:Program, # `folded`
+) -> dict[str, str]: # a convolution's run -> the operation where its output is activated, or itself if it has no activation of its own
     "Where the filters' activations are"
-    layers, found = dict(net.named_modules()), {}
-    def kind(n): return type(layers[n.target]) if n.op == 'call_module' else getattr(Tensor, n.target) if n.op == 'call_method' else n.target
-    for node in net.graph.nodes:
-        if node.op != 'call_module' or node.target not in net.filters: continue
-        user = next(iter(node.users)) if len(node.users) == 1 else node
-        found[node] = user if user.args[:1] == (node,) and user.op != 'output' and kind(user) in ACTIVATIONS else node
-    return found
-
-class _Watcher(fx.Interpreter):
-    "Tells what some steps of a network put out"
-    def __init__(self, net, watched, see): super().__init__(net); self.watched, self.see = watched, see
-    def run_node(self, node):
-        out = super().run_node(node)
-        if node in self.watched: self.see(self.watched[node], out)
-        return out
+    users = {n: [] for n in program.filters}
+    for o in program.ops:
+        for n in o.ins:
+            if n in users: users[n].append(o)
+    def own(n):
+        found = users[n]
+        return found[0].name if len(found) == 1 and found[0].op in ACTIVATIONS and found[0].args[0] == Ref(n) else n
+    return {n: own(n) for n in users}
 
 @torch.no_grad()
 def _mean_of(of:Callable[[Tensor], Tensor], model:nn.Module, x:Tensor, chunk:int) -> dict[str, Tensor]:
     "Mean over images, positions and runs of something about each filter's activation"
-    explained(model, x, None, 0, chunk)
-    net, total, count = folded(model), {}, {}
-    def see(name, a):
-        total[name] = total.get(name, 0) + of(a).sum((0, 2, 3), dtype=a.dtype)
-        count[name] = count.get(name, 0) + a[:, 0].numel()
-    watcher = _Watcher(net, {act: net.filters[node.target] for node, act in activated(net).items()}, see)
-    for xs in x.split(chunk): watcher.run(xs.contiguous(memory_format=torch.channels_last))
+    target_classes(model, x, None, 0, chunk)
+    net, total, count = folded(model, x), {}, {}
+    def telling(name):
+        def tell(a):
+            total[name] = total.get(name, 0) + of(a).sum((0, 2, 3), dtype=a.dtype)
+            count[name] = count.get(name, 0) + a[:, 0].numel()
+            return a
+        return tell
+    tell = {act: telling(net.filters[run]) for run, act in activated(net).items()}
+    for xs in x.split(chunk): net(xs, tell)
     return {n: t/count[n] for n, t in total.items()}
 
+# %% ../nbs/02_criteria.ipynb #c016
 def activation_mean(
     model:nn.Module, # in eval mode; left as it was
     x:Tensor, # (N,C,H,W) normalised images
@@ -129,7 +130,7 @@ def apoz(
     "One minus the average percentage of zeros: how often each filter's activation is positive"
     return _mean_of(lambda a: a > 0, model, x, chunk)
 
-# %% ../nbs/02_criteria.ipynb #c021
+# %% ../nbs/02_criteria.ipynb #c022
 def _of(what:str) -> Callable[[Tensor, Tensor], Tensor]:
     return dict(loss=loss, logit=logit)[one_of(what, ('loss', 'logit'), 'thing to watch')]
 
@@ -143,41 +144,47 @@ def taylor(
     chunk:int=256, # images a pass: bounds memory
 ) -> dict[str, Tensor]: # conv name -> (O,) >= 0, in nats or logits per position
     "First-order change of the loss if a filter's output were switched off, by position"
-    value, k, (net, filters), total = _of(what), explained(model, x, y, chunk=chunk), looked_into(model), {}
+    value, k, net, total = _of(what), target_classes(model, x, y, chunk=chunk), folded(model, x), {}
     for xs, ks in zip(x.split(chunk), k.split(chunk)):
         gates = {} # name -> (n,O): a gate is on all runs of its filter
         def see(name, a, g): gates[name] = gates.get(name, 0) + (a*g).mean((2, 3))
-        sweep(net, filters, xs, ks, see, value)
+        sweep(net, xs, ks, see, value)
         for n, g in gates.items(): total[n] = total.get(n, 0) + (g.abs() if per_image else g).sum(0)
     scores = {n: total[n].abs()/len(x) for n in convs(model) if n in total}
     return {n: F.normalize(s, dim=0) for n, s in scores.items()} if normalise else scores
 
-# %% ../nbs/02_criteria.ipynb #c025
-@contextmanager
-def _hushed(runs:list[nn.Module]) -> Iterator[list[Tensor]]: # to be filled: (B,) which filter is silent in each image of the batch
-    "Inside, convolutions run with filters silent"
-    now, hooks = [None], []
-    def hush(module, inputs, out): out[torch.arange(len(out), device=out.device), now[0]] = 0; return out
-    try:
-        for m in runs: hooks.append(m.register_forward_hook(hush))
-        yield now
-    finally:
-        for h in hooks: h.remove()
+# %% ../nbs/02_criteria.ipynb #c026
+class Silencer:
+    "Runs the rest of a network with one filter of a convolution silent, another one in each image of the batch"
+    def __init__(self, net:Program, runs:list[str], like:Tensor): # runs: of the one convolution
+        acts = activated(net)
+        self.first, self.later = acts[runs[0]], runs[1:]
+        self.shut = [self._shut(net, r, acts[r], like) for r in runs]
+        self.acts = [acts[r] for r in runs]
+        self.after, self.needed = rest(net, self.first)
 
-def _shut(net:fx.GraphModule, run:fx.Node, act:fx.Node, like:Tensor) -> Tensor: # (1,)
-    "What stands behind the activation of a filter that is silent"
-    zero = like.new_zeros(1)
-    if act is run: return zero
-    op = net.get_submodule(act.target) if act.op == 'call_module' else getattr(Tensor, act.target) if act.op == 'call_method' else act.target
-    return op(zero, *act.args[1:], **act.kwargs)
+    @staticmethod
+    def _shut(net:Program, run:str, act:str, like:Tensor) -> Tensor: # (1,)
+        "What stands behind the activation of a filter that is silent"
+        zero = like.new_zeros(1)
+        if act == run: return zero
+        step = net.steps[act]
+        args, kwargs = step.given({**net.held, run: zero}, 1)
+        return step.call(*args, **kwargs)
 
-def _picker(net:fx.GraphModule, kept:Mapping[fx.Node, object], last:fx.Node) -> Callable[[Tensor], dict[fx.Node, Tensor]]:
-    "From the numbers of images to what was kept of them, up to a step, as far as the rest of the network needs it"
-    order = list(net.graph.nodes)
-    done = {s for s in order[:order.index(last)] if isinstance(kept[s], Tensor) and s.op != 'get_attr'}
-    needed = {s for s in done if any(u not in done and u is not last for u in s.users)}
-    return lambda n: {s: kept[s][n] if s in needed else kept[s] for s in done}
+    def open(self, kept:Mapping[str, Tensor]) -> Tensor: # (N,O)
+        "Where a filter's activation is not what it is when it is silent, so that there is something to run"
+        return torch.stack([(kept[a] != off).flatten(2).any(2) for a, off in zip(self.acts, self.shut)]).any(0)
 
+    def without(self, kept:Mapping[str, Tensor], n:Tensor, i:Tensor): # what the network puts out, (B,classes)
+        "Images `n` of those kept, each without the filter `i`"
+        at, a = torch.arange(len(n), device=n.device), kept[self.first][n]
+        a[at, i] = self.shut[0]
+        def hush(out): out = out.clone(); out[at, i] = 0; return out
+        found = {name: kept[name][n] for name in self.needed}
+        return self.after.goes_on({**found, self.first: a}, len(n), dict.fromkeys(self.later, hush))
+
+# %% ../nbs/02_criteria.ipynb #c027
 @torch.no_grad()
 def ablation(
     model:nn.Module, # in eval mode; left as it was
@@ -191,29 +198,25 @@ def ablation(
 ) -> dict[str, Tensor]: # conv name -> (O,) by how much the loss rises (in nats), or the logit falls, on average
     "What silencing each filter does, tried out"
     if filters is not None and filters < 1: raise ValueError(f'filters is {filters}, expected at least 1 of each layer, or None for all')
-    value, k, net, total = _of(what), explained(model, x, y, chunk=chunk), folded(model), {}
-    acts, sign, draw, runs_of = activated(net), 1 if what == 'loss' else -1, torch.Generator().manual_seed(seed), {}
-    for run in acts: runs_of.setdefault(net.filters[run.target], []).append(run)
-    for name, runs in runs_of.items():
+    value, k, net = _of(what), target_classes(model, x, y, chunk=chunk), folded(model, x)
+    runs, total, draw, sign = {}, {}, torch.Generator().manual_seed(seed), 1 if what == 'loss' else -1
+    for run, name in net.filters.items(): runs.setdefault(name, []).append(run)
+    for name in runs:
         O = convs(model)[name].out_channels
         some = torch.randperm(O, generator=draw)[:filters].to(x.device)
         total[name] = torch.full((O,), torch.nan, dtype=x.dtype, device=x.device).index_fill_(0, some, 0)
+    silencers = {name: Silencer(net, of, x) for name, of in runs.items()}
     for xs, ks in zip(x.split(chunk), k.split(chunk)):
-        kept = everything(net, xs.contiguous(memory_format=torch.channels_last))
-        before = value(kept[next(reversed(net.graph.nodes))], ks)
-        for name, runs in runs_of.items():
-            first, shut = acts[runs[0]], [_shut(net, r, acts[r], x) for r in runs]
-            open_ = torch.stack([(kept[acts[r]] != off).flatten(2).any(2) for r, off in zip(runs, shut)]).any(0) & ~total[name].isnan()
-            picked = _picker(net, kept, first)
-            with _hushed([net.get_submodule(r.target) for r in runs[1:]]) as silent:
-                for n, i in zip(*(t.split(chunk) for t in open_.nonzero(as_tuple=True)) if open_.any() else ()):
-                    a, silent[0] = kept[first][n], i
-                    a[torch.arange(len(n), device=x.device), i] = shut[0]
-                    change = value(onward(net, {**picked(n), first: a}, first, a), ks[n]) - before[n]
-                    total[name].index_add_(0, i, change.abs() if per_image else sign*change)
+        kept = net.values(xs)
+        before = value(kept[net.graph.out.name], ks)
+        for name, silencer in silencers.items():
+            which = silencer.open(kept) & ~total[name].isnan()
+            for n, i in zip(*(t.split(chunk) for t in which.nonzero(as_tuple=True)) if which.any() else ()):
+                change = value(silencer.without(kept, n, i), ks[n]) - before[n]
+                total[name].index_add_(0, i, change.abs() if per_image else sign*change)
     return {n: t/len(x) for n, t in total.items()}
 
-# %% ../nbs/02_criteria.ipynb #c029
+# %% ../nbs/02_criteria.ipynb #c031
 CRITERIA = dict(
     random=random_scores, magnitude=magnitude, magnitude_l2=magnitude_l2, fpgm=geometric_median, bn_scale=bn_scale,
     activation=activation_mean, apoz=apoz, taylor=taylor, gradient_activation=gradient_activation,
@@ -224,6 +227,7 @@ ATTRIBUTIONS = dict( # those that explain first
     internal_influence=internal_influence_maps, conductance=conductance_maps, lrp=lrp_maps, deeplift=deeplift_maps,
     deeplift_shap=deeplift_shap_maps, gradient_shap=gradient_shap_maps)
 
+# %% ../nbs/02_criteria.ipynb #c032
 def options_of(
     f:Callable, # a criterion
 ) -> list[str]:
@@ -247,6 +251,7 @@ def check_scores(
             raise ValueError(f"{criterion}: {len(bad)} of {filters} scores of layer '{n}' are not finite (first: filter {bad[0].item()}). Are its weights?")
     return {n: scores[n] for n in layers}
 
+# %% ../nbs/02_criteria.ipynb #c033
 def score(
     criterion:str, # key of `CRITERIA`
     model:nn.Module, # in eval mode; left as it was
@@ -256,10 +261,12 @@ def score(
     **options, # of any criterion: those that only others have are passed over, those that none has are refused
 ) -> dict[str, Tensor]: # conv name -> (O,), larger = keep
     "Score every filter of every convolution"
+    model = unwrapped(model)
     f, options = CRITERIA[one_of(criterion, CRITERIA, 'criterion')], dict(options, seed=seed)
     for o in options: one_of(o, sorted({o for c in CRITERIA.values() for o in options_of(c)}), 'option')
     return check_scores(f(model, x, y, **{o: v for o, v in options.items() if o in options_of(f)}), model, criterion)
 
+# %% ../nbs/02_criteria.ipynb #c034
 def attributions(
     criterion:str, # key of `ATTRIBUTIONS`
     model:nn.Module, # in eval mode; left as it was
@@ -268,12 +275,12 @@ def attributions(
     **options, # of the criterion, except `aggregate`
 ) -> dict[str, Tensor]: # conv name -> (N,O,H,W), in the order of the network
     "What each unit of each convolution did for the logit, before it is summed to a score"
-    f = ATTRIBUTIONS[one_of(criterion, ATTRIBUTIONS, 'criterion that explains')]
+    f, model = ATTRIBUTIONS[one_of(criterion, ATTRIBUTIONS, 'criterion that explains')], unwrapped(model)
     for o in options: one_of(o, options_of(f), f'option of {criterion}')
     chunks = list(f(model, x, y, **options))
     return {n: torch.cat([c[n] for c in chunks]) for n in dict.fromkeys([*(chunks[0].keys() - convs(model)), *convs(model)]) if n in chunks[0]}
 
-# %% ../nbs/02_criteria.ipynb #c032
+# %% ../nbs/02_criteria.ipynb #c037
 def check_criterion(
     f:Callable, # (model, x, y) -> scores
     model:nn.Module,
@@ -292,7 +299,7 @@ def check_criterion(
     if changed := [what for what, now in state().items() if now != before[what]]:
         raise ValueError(f"{name} leaves other {' and '.join(changed)} in the model than it found there")
 
-# %% ../nbs/02_criteria.ipynb #c039
+# %% ../nbs/02_criteria.ipynb #c044
 def _pairs(a:Mapping[str, Tensor], b:Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
     "Layer by layer, the filters of which both have a score"
     if odd := a.keys() ^ b.keys(): raise ValueError(f"the scores are of different layers: '{min(odd)}' is in one of them only")
@@ -332,7 +339,7 @@ def overlap(
         return common if not corrected else (common - chance)/(1 - chance) if chance < 1 else np.nan
     return pd.Series({n: share(s, t) for n, s, t in _pairs(a, b)}, name='overlap').rename_axis('layer')
 
-# %% ../nbs/02_criteria.ipynb #c043
+# %% ../nbs/02_criteria.ipynb #c048
 class Importance:
     "A criterion as an importance of Torch-Pruning"
     def __init__(self,

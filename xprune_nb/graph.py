@@ -448,7 +448,9 @@ _NO_ROW = Row()
 # %% ../nbs/graph.ipynb #c072
 def _bounded(op:Op, before:bool) -> bool:
     "Behind a lower bound"
-    low = op.args[1] if len(op.args) > 1 else op.kwargs.get('min', op.kwargs.get('min_val', -1))
+    low, high = [*op.args[1:3], None, None][:2]
+    low, high = op.kwargs.get('min', low), op.kwargs.get('max', high)
+    if high is not None and (not isinstance(high, (int, float)) or high < 0): return True
     return before and (not isinstance(low, (int, float)) or low < 0)
 
 def _counted(op:Op, before:bool) -> bool:
@@ -460,9 +462,9 @@ def _counted(op:Op, before:bool) -> bool:
 _rows('each', 'never', 'relu relu6 sigmoid hardsigmoid abs square exp softplus')
 _rows('each', 'may', 'silu hardswish gelu leaky_relu elu selu celu mish tanh hardshrink log_sigmoid')
 _rows('each', 'may', 'prelu neg sub rsub log sin cos erf sign instance_norm batch_norm')
-_rows('each', _bounded, 'hardtanh clamp clamp_min threshold')
-_rows('each', _counted, 'add mul div where masked_fill')
-_rows('each', 'as before', 'sqrt rsqrt reciprocal maximum minimum clamp_max pow floor ceil round')
+_rows('each', _bounded, 'hardtanh clamp clamp_min')
+_rows('each', _counted, 'add mul div where masked_fill threshold clamp_max')
+_rows('each', 'as before', 'sqrt rsqrt reciprocal maximum minimum pow floor ceil round')
 _rows('each', 'as before', 'eq ne gt lt ge le logical_not logical_and bitwise_not')
 _rows('each', 'as before', 'clone contiguous detach alias to _to_copy type_as lift_fresh_copy')
 _rows('each', 'as before', 'dropout feature_dropout alpha_dropout expand expand_as')
@@ -497,7 +499,10 @@ def may_be_negative(graph:Graph) -> dict[str, bool]: # by name
     return found
 
 # %% ../nbs/graph.ipynb #c082
-def weights_of(graph:Graph, model:nn.Module) -> dict[str, Tensor]: # by the user's names
+def weights_of(
+    graph:Graph,
+    model:nn.Module, # whose weights it takes, not in a wrapper
+) -> dict[str, Tensor]: # by the user's names
     "What is given to the graph beside the image, live"
     found = dict(model.named_parameters(remove_duplicate=False))
     found |= dict(model.named_buffers(remove_duplicate=False))

@@ -30,7 +30,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .attribution import looked_into, outputs_of
+from .attribution import folded, outputs, outputs_of
 from .criteria import ATTRIBUTIONS, CRITERIA, attributions, check_scores, options_of, score, spearman
 from .charts import COLOURS, charts
 from .core import one_of, write_whole
@@ -220,11 +220,12 @@ class Seeing(Looking):
         return {n: m.mean(0) for n, m in maps.items()}
 
     @contextmanager
-    def _watched(self) -> Iterator[tuple[nn.Module, dict[str, Tensor]]]:
+    def _watched(self) -> Iterator[tuple[Callable, dict[str, Tensor]]]:
         "A network to run, and what its convolutions put out, behind their batch norms"
-        if not hasattr(self, '_net'): self._net = looked_into(self.model, anyway=True) # a copy that no one changes: traced once
-        net, filters = self._net
-        with torch.no_grad(), outputs_of({n: net.get_submodule(place) for place, n in filters.items() if place == n}) as acts: yield net, acts
+        if not hasattr(self, '_net'): self._net = folded(self.model, self.x, anyway=True) # read once
+        acts = {}
+        def run(x): acts.update({n: runs[0] for n, runs in outputs(self._net, x).items()})
+        yield run, acts
 
     def activations(self, view:View) -> dict[str, Tensor]: # conv name -> (O,h,w)
         "What each filter puts out, behind its batch norm; the mean over the images of a class"

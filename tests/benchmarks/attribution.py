@@ -10,7 +10,7 @@ from captum.attr import LayerConductance
 from torch import nn
 
 from xprune_nb import attribution, relevance
-from xprune_nb.attribution import conductance_maps, folded, frozen, logit
+from xprune_nb.attribution import conductance_maps, folded, logit
 from xprune_nb.criteria import score, spearman
 from xprune_nb.data import load, sample
 from xprune_nb.model import baseline, convs
@@ -70,10 +70,10 @@ def in_passes(net, x, y):
     "Every method in passes, forward and back, without anything being looked at: through the network as it is, and folded"
     images = x.contiguous(memory_format=torch.channels_last)
     def one_pass(plain):
-        with frozen(plain), torch.enable_grad():
+        with torch.enable_grad():
             start = images.detach().requires_grad_()
             torch.autograd.grad(logit(plain(start), y).sum(), start)
-    plain, fused = baseline().net().to(memory_format=torch.channels_last), folded(net)
+    plain, fused = baseline().net().to(memory_format=torch.channels_last).requires_grad_(False), folded(net, x)
     calls = {'gradient x activation': lambda: list(attribution.gradient_activation_maps(net, x, y)),
              **{f'LRP, {c}': (lambda c=c: list(relevance.lrp_maps(net, x, y, composite=c))) for c in relevance.COMPOSITES},
              'DeepLIFT': lambda: list(relevance.deeplift_maps(net, x, y)),
