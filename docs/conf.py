@@ -10,15 +10,17 @@ from latex2mathml.converter import convert
 SECTIONS = { # caption in the sidebar -> patterns of pages (notebooks by their path in nbs/, or pages made by build.py)
     'Start': ['start', 'explore'],
     'Rooms': ['core', 'charts', 'graph', '0[01]_*', *(f'criteria/{o}' for o in ('attribution', 'relevance', 'scores', 'importance')),
-              '0[2-4]_*', *(f'experiments/{o}' for o in ('run', 'warm', 'progress', 'store')), '0[6-9]_*'],
-    'The study': ['study', 'run'],
+              *(f'pruning/{o}' for o in ('plan', 'dead', 'cut', 'unstructured')), '0[3-4]_*',
+              *(f'experiments/{o}' for o in ('run', 'warm', 'progress', 'store', 'thesis')), '0[6-9]_*'],
+    'The study': ['study', 'thesis', 'run'],
     'Tutorials': ['tutorials/*'],
     'How-to': ['howto/*'],
     'Explanation': ['explain/*'],
     'Reference': ['api', 'glossary', 'figures']}
 SHORT = {'start': 'Ten minutes', 'tutorials/ranking': 'Images, steps, price', 'tutorials/coupling': 'Choosing or agreeing',
-         'run': 'One run', 'study': 'The thesis and ours'}
-FOLDED = ['study', 'run', 'tutorials/ranking'] # pages read for what they show: their code waits behind a click
+         'run': 'One run', 'study': 'The thesis and ours',
+         'thesis': "The thesis' grid"}
+FOLDED = ['study', 'thesis', 'run', 'tutorials/ranking'] # pages read for what they show: their code waits behind a click
 SLOW = ['tutorials/ranking'] # `--execute` runs these only when they are named: minutes to hours
 HERO = ['lab/explorer.png', 'explorer.png', 'cpu/oneshot.png'] # the home page's picture: the first that is in figures/
 

@@ -17,7 +17,7 @@ from xprune_nb.criteria import CRITERIA
 from xprune_nb.data import DATASETS, read_about, write_about
 from xprune_nb.experiments import BACKENDS, ROW_MIME, HIDDEN, Run, asked_for, execute, grid, read_table, row_of, status, store as room
 from xprune_nb.model import MODELS, baseline, baselines
-from xprune_nb.results import thesis
+from xprune_nb.experiments.thesis import thesis
 
 ROOT = Path(__file__).resolve().parent.parent
 says = lambda *parts: '.*'.join(map(re.escape, parts))

@@ -255,7 +255,7 @@ def test_text_stands_out_from_its_ground(visit, name, scheme):
     page.close()
 
 def test_formulas_are_drawn(visit):
-    page, wrong = visit('02_criteria.html')
+    page, wrong = visit('criteria/scores.html')
     sizes = page.locator('article math').evaluate_all('all => all.map(m => m.getBoundingClientRect()).map(r => [r.width, r.height])')
     assert len(sizes) > 20 and all(w > 3 and h > 5 for w, h in sizes) and wrong == []
     assert page.locator('article merror').count() == 0

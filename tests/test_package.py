@@ -91,7 +91,7 @@ def test_readme_moves_links_to_the_root(target, moved): assert readme.from_root(
 # --- what an import brings along ---
 
 ROOMS = sorted('.'.join(o.relative_to(ROOT).with_suffix('').parts) for o in (ROOT/'xprune_nb').rglob('*.py') if o.stem[0] != '_')
-DRAW = re.compile(r'xprune_nb\.(charts|results|compare|widgets)$')
+DRAW = re.compile(r'xprune_nb\.(charts|results|compare|widgets|experiments\.thesis)$')
 WITHOUT_TORCH = {'xprune_nb.core', 'xprune_nb.cli'}
 LATE = {'torchvision', 'torch_pruning', 'captum', 'scipy', 'matplotlib', 'joblib', 'papermill', 'onnx', 'onnxruntime'} # nobody asks for these before they are used
 PICTURES = {'altair', 'vl_convert', 'IPython', 'ipywidgets'} # the rooms that draw alone

@@ -1,6 +1,5 @@
-"""Tables and charts against scipy and plain numpy, on rows made up so that the answer is known; saving when the disk is full; the 40 printed cells."""
+"""Tables and charts against scipy and plain numpy, on rows made up so that the answer is known; saving when the disk is full."""
 import errno, hashlib, os, re
-from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 
@@ -12,42 +11,10 @@ from hypothesis import given, settings, strategies as st
 from scipy import stats
 
 from xprune_nb.charts import COLOURS
-from xprune_nb.experiments import Run
-from xprune_nb.results import (BY, THESIS, agreement, beside, chart, claims, findings, frontier, markdown, paired, read, save, stages, summary, table,
-                               thesis, thesis_chart, thesis_table, tidy, versus)
+from xprune_nb.experiments.thesis import claims, entries, entries_chart, findings, rank_agreement
+from xprune_nb.results import BY, chart, frontier, markdown, paired, read, save, stages, summary, table, tidy
 
-DEFAULTS = asdict(Run())
-CRITERIA, SCHEDULES = ('conductance', 'lrp', 'magnitude', 'random'), ('oneshot', 'iterative')
-SMALL = dict(criteria=('conductance', 'random'), ratios=(.5, .9)) # where what is drawn doesn't matter
-says = lambda *parts: '.*'.join(map(re.escape, parts))
-
-def made(accuracy=lambda s, c, r, k: .5, schedules=SCHEDULES, criteria=CRITERIA, ratios=(.5, .7, .9), seeds=(0, 1, 2), **also):
-    "Rows as a store gives them; `accuracy` says what each run reached"
-    return pd.DataFrame([DEFAULTS | dict(
-        schedule=s, criterion=c, ratio=r, seed=k, run_id=f'{s}-{c}-{r}-{k}', status='done', error=None, accuracy_dense=.74, accuracy_pruned=.1, accuracy_recalibrated=.2,
-        accuracy=accuracy(s, c, r, k), params=2e6*(1-r), macs=6e6*(1-r), alive=1-r, seconds=60.) | also
-        for s, c, r, k in product(schedules, criteria, ratios, seeds)])
-
-def noisy(seed=0, **kw):
-    "Accuracies without any order"
-    rng = np.random.default_rng(seed)
-    return made(lambda *_: rng.uniform(.1, .8), **kw)
-
-def won_by(winner, **kw): return made(lambda s, c, r, k: .9 - r/2 + .002*k + (.1 if c == winner else 0) - .01*CRITERIA.index(c), **kw)
-
-def spec(chart):
-    "What a chart draws; Altair numbers its views anew each time"
-    return re.sub(r'view_\d+', 'view', str(chart.to_dict(validate=False)))
-
-def data(chart):
-    "Every table inside a chart"
-    return [pd.DataFrame(d) for d in chart.to_dict(validate=False)['datasets'].values()]
-
-def points(chart):
-    "The plotted means, once each"
-    keep = [*BY, 'mean', 'n'] # `of` tells ours from the thesis' in `beside`
-    frames = [d[[c for c in (*keep, 'sd', 'cost', 'of') if c in d]] for d in data(chart) if 'mean' in d]
-    return pd.concat(frames).drop_duplicates().reset_index(drop=True)
+from rows import CRITERIA, DEFAULTS, SCHEDULES, SMALL, data, made, noisy, points, says, spec, won_by
 
 # --- means and intervals ---
 
@@ -93,13 +60,13 @@ def test_the_order_of_the_rows_changes_nothing(random):
 
 def test_the_order_of_the_rows_changes_nothing_that_is_said_or_drawn():
     rows, shuffled = noisy(**SMALL), noisy(**SMALL).sample(frac=1, random_state=5)
-    for f in (versus, agreement, claims): pd.testing.assert_frame_equal(f(shuffled), f(rows), check_exact=True)
+    for f in (entries, rank_agreement, claims): pd.testing.assert_frame_equal(f(shuffled), f(rows), check_exact=True)
     assert findings(shuffled) == findings(rows)
-    for f in (chart, stages, frontier, beside): assert spec(f(shuffled)) == spec(f(rows))
+    for f in (chart, stages, frontier, entries_chart): assert spec(f(shuffled)) == spec(f(rows))
 
 def test_rows_are_not_changed():
     rows = noisy(**SMALL); before = rows.copy()
-    for f in (tidy, summary, paired, table, versus, agreement, claims, findings, chart, stages, frontier, beside): f(rows)
+    for f in (tidy, summary, paired, table, entries, rank_agreement, claims, findings, chart, stages, frontier, entries_chart): f(rows)
     pd.testing.assert_frame_equal(rows, before)
 
 def test_unknown_names_come_after_the_known_ones():
@@ -144,7 +111,7 @@ def test_read(tmp_path):
 @pytest.mark.parametrize('column,other', [('coupling', 'coupled'), ('epochs', 5), ('rewind', 3), ('data', 'cifar10')])
 def test_settings_are_not_mixed_until_named(column, other):
     rows = pd.concat([noisy(), noisy(1).assign(**{column: other})])
-    for f in (summary, paired, chart, versus, findings):
+    for f in (summary, paired, chart, entries, findings):
         with pytest.raises(ValueError, match=says(f'the rows differ in {column} (')): f(rows)
     assert len(summary(rows, by=(*BY, column))) == 48
     assert len(paired(rows, by=('schedule', 'ratio', column))) == 12
@@ -205,127 +172,7 @@ def test_without_a_pair_there_is_no_comparison():
     one = paired(rows.query('seed == 1'))
     assert (one.n == 1).all() and one[['sd', 'low', 'high', 'p']].isna().all(axis=None)
     scattered = rows[rows.seed.map({0: .5, 1: .7, 2: .9}) == rows.ratio]
-    with pytest.raises(ValueError, match='share no cell'): paired(scattered, by=('schedule',))
-
-# --- the thesis ---
-
-def test_the_forty_cells():
-    t = thesis()
-    assert len(t) == 40 and not t.duplicated(list(BY)).any() and (t.n == 3).all()
-    assert set(t[list(BY)].itertuples(index=False, name=None)) == {*product(SCHEDULES, CRITERIA, (.5, .6, .7, .8, .9))}
-    assert t.accuracy_mean.between(.10, .66).all() and t.accuracy_std.between(0, .19).all() and t.accuracy_mean.max() < THESIS['dense'] == .7539
-    for c in 'accuracy_mean', 'accuracy_std': assert (t[c]*100).map(lambda v: abs(v - round(v)) < 1e-9).all() # two decimals, as printed
-
-def test_the_cells_say_what_the_thesis_concludes():
-    t = thesis().set_index(list(BY)).accuracy_mean
-    assert t['oneshot', 'magnitude', .9] == t['oneshot', 'random', .9] == .10
-    for s, r in product(SCHEDULES, (.5, .6, .7, .8, .9)): assert t[s, 'conductance', r] == max(t[s, c, r] for c in CRITERIA)
-    for c in 'lrp', 'magnitude': assert t['iterative', c, .9] > t['oneshot', c, .9]
-    assert np.ptp([t['oneshot', c, .5] for c in CRITERIA]) < .04 < .3 < np.ptp([t['oneshot', c, .9] for c in CRITERIA])
-
-@pytest.mark.parametrize('cell,mean,sd', [
-    (('oneshot', 'conductance', .5), .66, .01), (('oneshot', 'conductance', .9), .48, .02), (('oneshot', 'lrp', .9), .27, .16),
-    (('oneshot', 'magnitude', .8), .49, .01), (('oneshot', 'random', .8), .14, .05), (('iterative', 'conductance', .7), .61, .02),
-    (('iterative', 'lrp', .9), .32, .19), (('iterative', 'magnitude', .9), .43, .01), (('iterative', 'random', .8), .40, .06),
-    (('iterative', 'random', .9), .10, .00)])
-def test_spot_cells(cell, mean, sd):
-    line = thesis().set_index(list(BY)).loc[cell]
-    assert (line.accuracy_mean, line.accuracy_std) == (mean, sd)
-    assert thesis_table(cell[0]).loc[cell[1], cell[2]] == f'{mean:.2f} ± {sd:.2f}'
-
-@pytest.mark.parametrize('schedule', SCHEDULES)
-def test_its_table_and_its_chart_are_its_cells(schedule):
-    t = thesis().query('schedule == @schedule')
-    wide = thesis_table(schedule)
-    assert list(wide.index) == list(CRITERIA) and list(wide.columns) == [.5, .6, .7, .8, .9, 'n'] and (wide.n == '3').all()
-    for c in t.itertuples(): assert wide.loc[c.criterion, c.ratio] == f'{c.accuracy_mean:.2f} ± {c.accuracy_std:.2f}'
-    drawn = points(thesis_chart(schedule)).set_index(['criterion', 'ratio'])
-    assert len(drawn) == 20
-    for c in t.itertuples(): assert (drawn.loc[(c.criterion, c.ratio), 'mean'], drawn.loc[(c.criterion, c.ratio), 'sd']) == (c.accuracy_mean, c.accuracy_std)
-
-def as_thesis(change=lambda a, s, c, r: a, **kw):
-    "Rows that reach what the thesis reports"
-    t = thesis().set_index(list(BY)).accuracy_mean
-    return made(lambda s, c, r, k: change(t[s, c, r], s, c, r), ratios=(.5, .6, .7, .8, .9), **kw)
-
-def test_versus():
-    rows = noisy(ratios=(.5, .75, .9))
-    v, s, t = versus(rows), summary(rows).set_index(list(BY)), thesis().set_index(list(BY))
-    assert len(v) == 16 and set(v.ratio) == {.5, .9} # .75 is not in the thesis
-    for line in v.itertuples():
-        k = line.schedule, line.criterion, line.ratio
-        assert (line.ours, line.sd, line.n) == (s.loc[k, 'mean'], s.loc[k, 'sd'], 3) and (line.thesis, line.thesis_sd) == (*t.loc[k, ['accuracy_mean', 'accuracy_std']],)
-        assert line.difference == pytest.approx(line.ours - line.thesis) and line.lost == pytest.approx(.74 - line.ours)
-        assert line.thesis_lost == pytest.approx(.7539 - line.thesis)
-    with pytest.raises(ValueError, match='none of these cells is in the thesis'): versus(noisy(ratios=(.55,)))
-
-def test_agreement_is_scipys():
-    rows = noisy(ratios=(.5, .6, .7, .8, .9))
-    a, v = agreement(rows), versus(rows)
-    assert len(a) == 1 + 2 + 10
-    for line in a.itertuples():
-        g = v[((v.schedule == line.schedule) | (line.schedule == 'all')) & ((v.ratio == line.ratio) | (line.ratio == 'all'))]
-        assert line.cells == len(g) and line.off == pytest.approx(np.abs(g.ours - g.thesis).mean())
-        assert (line.spearman, line.kendall) == pytest.approx((stats.spearmanr(g.ours, g.thesis)[0], stats.kendalltau(g.ours, g.thesis)[0]))
-        if line.ratio != 'all': assert line.best == g.set_index('criterion').ours.idxmax()
-
-def test_agreement_at_its_ends():
-    same, reverse = agreement(as_thesis()), agreement(as_thesis(lambda a, s, c, r: .9 - a))
-    assert np.allclose(same[['spearman', 'kendall']], 1) and np.allclose(same.off, 0) and (same.best == same.thesis_best).all()
-    assert np.allclose(reverse[['spearman', 'kendall']], -1)
-    level = agreement(made(ratios=(.5,)))
-    assert level[['spearman', 'kendall']].isna().all(axis=None) # nothing is ranked where all are equal
-    assert level[level.ratio == .5].best.tolist() == ['/'.join(CRITERIA)]*2
-
-# --- what is said ---
-
-def said(rows, word): return claims(rows).set_index('claim').here[lambda s: s.index.str.contains(word)].item()
-
-@pytest.mark.parametrize('winner', CRITERIA)
-def test_whoever_wins_is_said_to_win(winner):
-    rows, wins = won_by(winner), winner == 'conductance'
-    assert said(rows, 'best criterion').startswith('in 6 of 6' if wins else 'in 0 of 6')
-    lines = [l for l in findings(rows) if ', best: ' in l]
-    assert len(lines) == 2
-    for line in lines:
-        assert re.findall(r'(\w+) \d\.\d+ at', line) == [winner]*3
-        assert ('conductance' in re.sub(r'\(next: .*?\)', '', line)) == wins
-    for line in [l for l in findings(rows) if 'conductance − ' in l]:
-        assert (float(re.search(r': ([+-]\d\.\d+)', line)[1]) > 0) == (wins or f'− {winner},' not in line)
-
-def test_where_it_does_not_win_is_named():
-    rows = won_by('conductance')
-    rows.loc[(rows.criterion == 'random') & (rows.schedule == 'iterative') & (rows.ratio == .7), 'accuracy'] = .95
-    assert said(rows, 'best criterion') == 'in 5 of 6 (schedule, ratio); not in iterative 0.7'
-
-def test_a_tie_is_no_win():
-    assert said(made(), 'best criterion').startswith('in 0 of 6') and said(made(), 'smallest spread').startswith('in 0 of 6')
-
-@pytest.mark.parametrize('steady,count', [('conductance', 6), ('lrp', 0)])
-def test_the_spread_is_compared(steady, count):
-    assert said(made(lambda s, c, r, k: .5 + k*(.001 if c == steady else .02)), 'smallest spread').startswith(f'in {count} of 6')
-    assert said(noisy(seeds=[0]), 'smallest spread').startswith('cannot be said')
-
-@pytest.mark.parametrize('gain', [.1, -.1])
-def test_the_schedules_are_compared(gain):
-    assert said(made(lambda s, c, r, k: .5 + gain*(s == 'iterative')), 'iterative beats') == 'at 0.9: ' + ', '.join(f'{c} {gain:+.3f}' for c in CRITERIA)
-    assert 'iterative beats one-shot at high ratios' not in set(claims(noisy(schedules=['oneshot'])).claim)
-
-def test_chance_and_distance_are_numbers_of_these_rows():
-    rows = made(lambda s, c, r, k: .3 if c == 'random' else .4 if c == 'magnitude' else .6)
-    assert said(rows, 'fall to chance') == 'at 0.9: magnitude 0.400, random 0.300'
-    assert said(rows, 'about the same') == 'oneshot: 0.300 apart at 0.5, 0.300 apart at 0.9; iterative: 0.300 apart at 0.5, 0.300 apart at 0.9'
-
-@pytest.mark.parametrize('rows', [noisy(criteria=['random']), noisy(criteria=['lrp', 'random'], seeds=[0]), noisy(ratios=[.55]), noisy(schedules=['iterative'], ratios=[.9])])
-def test_small_studies_have_findings_too(rows):
-    lines = findings(rows)
-    assert all(isinstance(l, str) and 'nan' not in l for l in lines) and lines[0].startswith(f'{len(rows)} run')
-    for f in (chart, frontier, stages): assert f(rows, rows.schedule[0]).to_dict(validate=False)['datasets']
-
-def test_one_seed_is_said_to_be_one():
-    lines = findings(noisy(seeds=[0]))
-    assert any(l.startswith('one seed: no interval') and '1,000 test images' in l and '±0.031' in l for l in lines) and not any('95 %' in l for l in lines)
-    assert any('95 %' in l for l in findings(noisy()))
+    with pytest.raises(ValueError, match='share no entry'): paired(scattered, by=('schedule',))
 
 # --- charts ---
 
@@ -348,21 +195,6 @@ def test_stages_hold_three_summaries():
     assert [p['title']['text'] for p in panels['hconcat']] == ['right after pruning', 'batch norm recalibrated', 'retrained']
     means = [d['mean'].tolist() for d in data(stages(rows)) if 'mean' in d]
     for value in 'accuracy_pruned', 'accuracy_recalibrated', 'accuracy': assert summary(rows[rows.schedule == 'oneshot'], value=value)['mean'].tolist() in means
-
-def test_beside_holds_both():
-    rows = noisy()
-    p, v = points(beside_n(rows)), versus(rows)
-    for of in 'ours', 'thesis':
-        g = p[p.of == of].drop_duplicates(list(BY)).set_index(list(BY))['mean']
-        assert len(g) == 24
-        for line in v.itertuples(): assert g[line.schedule, line.criterion, line.ratio] == getattr(line, of)
-
-def beside_n(rows):
-    "`beside`, with what a panel lacks for `points`"
-    spec = beside(rows).to_dict(validate=False)
-    for d in spec['datasets'].values():
-        for r in d: r.setdefault('n', 3)
-    return type('Spec', (), dict(to_dict=lambda self, **_: spec))()
 
 def test_the_rules_are_chance_and_the_dense_network():
     texts = {r for d in data(chart(noisy())) if 'text' in d for r in d.text}

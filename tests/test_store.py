@@ -632,7 +632,7 @@ def test_what_the_rest_will_take():
     w.done(row_of(runs[2], 100.)); w.done(row_of(runs[0], 10.))
     assert w.lines() == ['3 of 4 runs · 0:00:00 so far · about 0:00:10 left']
     w.done(row_of(runs[1], 20., status='failed', error='no'))
-    assert w.lines() == ['4 of 4 runs · 1 failed · 0:00:00 so far · about 0:00:00 left']
+    assert w.lines() == ['4 of 4 runs · 1 failed · 0:00:00 so far']
     w.catch_up([row_of(runs[1], 20.)]); assert len(w.rows) == 3
     assert remaining([('a', 10.)], ['a']*10, n_jobs=5) == 20 and remaining([('a', 10.)], ['b', 'a'], [30.]) == 0 and remaining([], []) == 0 and math.isnan(remaining([], ['a']))
 

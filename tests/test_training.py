@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from xprune_nb.data import Images, load, loader
 from xprune_nb.model import build, convs, save_weights
 from xprune_nb.pruning import cut, groups, plan, silence, silenced, silencer
-from xprune_nb.training import DECAYS, Recipe, evaluate, fast_on_cpu, fit, recalibrate, steps_of
+from xprune_nb.training import DECAYS, Recipe, evaluate, fast_routes, fit, recalibrate, steps_of
 
 says = lambda *parts: '.*'.join(map(re.escape, parts))
 same = lambda a, b: a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a)
@@ -48,7 +48,7 @@ def test_fast_gradients_of_the_whole_network_are_torchs(stem, size, train):
         out = net(x)
         return out, dict(zip(['x', *dict(net.named_parameters())], torch.autograd.grad(F.cross_entropy(out, y), [x, *net.parameters()])))
     want, wants = gradients()
-    with fast_on_cpu(net): have, haves = gradients()
+    with fast_routes(net): have, haves = gradients()
     assert_close(have, want, rtol=1e-9, atol=1e-12)
     for n in wants: assert (haves[n] - wants[n]).abs().max() <= 1e-9*wants[n].abs().max() + 1e-12, n  # in training mode some are 0 but for rounding: a shift in front of a normalisation
     assert not any('forward' in vars(c) for c in convs(net).values())
@@ -68,7 +68,7 @@ def test_fast_convolutions_are_torchs_in_every_shape(data):
     x = torch.randn(2, 6, *size).double().to(memory_format=pick(torch.channels_last, torch.contiguous_format)).requires_grad_()
     grads = lambda out: torch.autograd.grad((out*torch.arange(out.numel()).view_as(out).sin()).sum(), [x, *net.parameters()])
     want = net(x)
-    with fast_on_cpu(net): have = net(x)
+    with fast_routes(net): have = net(x)
     assert_close(have, want, rtol=1e-12, atol=1e-12)
     for a, b in zip(grads(have), grads(want)): assert_close(a, b, rtol=1e-11, atol=1e-11)
 
@@ -76,7 +76,7 @@ def test_fast_paths_go_even_after_an_error_and_hooks_still_run():
     net, seen = small(), []
     for c in convs(net).values(): c.register_forward_hook(lambda m, i, o: seen.append(o.shape[1]))
     before = {n: vars(c).copy() for n, c in convs(net).items()}
-    with pytest.raises(KeyError), fast_on_cpu(net), fast_on_cpu(net):
+    with pytest.raises(KeyError), fast_routes(net), fast_routes(net):
         net(torch.zeros(1, 3, 32, 32)); raise KeyError
     assert seen == [8, 8, 12] and {n: vars(c) for n, c in convs(net).items()} == before
 

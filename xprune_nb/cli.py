@@ -133,10 +133,11 @@ def _drawings(
     done:'DataFrame', # rows
 ) -> Iterator[tuple[str, Callable]]: # name, what makes a picture and its numbers
     "What can be drawn from rows"
-    from xprune_nb.results import beside, chart, stages, summary, table, versus
+    from xprune_nb.experiments.thesis import entries, entries_chart
+    from xprune_nb.results import chart, stages, summary, table
     first = done.schedule.iloc[0]
     for s in done.schedule.unique(): yield s, lambda: (chart(done, s), table(done, s))
-    yield 'beside', lambda: (beside(done), versus(done))
+    yield 'beside', lambda: (entries_chart(done), entries(done))
     yield 'stages', lambda: (stages(done, first), summary(done[done.schedule == first]))
 
 def figures(
@@ -206,7 +207,7 @@ def _failures(rows:'DataFrame') -> int: # how many
 
 def _conclude(rows:'DataFrame', store:Path, folder:Path, seconds:float) -> int: # exit status
     "Draw the figures, say what was found and where to look"
-    from xprune_nb.results import findings
+    from xprune_nb.experiments.thesis import findings
     failed = _failures(rows)
     if failed == len(rows): return 1
     charts = figures(rows, folder)

@@ -23,7 +23,7 @@ from .charts import charts
 from .core import one_of
 from .experiments import LATER, TIMED, USUAL, rows as rows_of
 from .results import (
-    BY, LABELS, RUN, SETS, SHAPES, _about, _levels, _looks, _order, _rules, _spread, _top, read, summary, tidy)
+    BY, LABELS, RUN, SETS, SHAPES, subtitle_of, levels_of, encodings, ordered, reference_lines, spread, top_of, read, summary, tidy)
 
 # %% ../nbs/07_compare.ipynb #c005
 CHOSEN = ('criterion', 'ratio', 'schedule', 'coupling', 'baseline') # what is always there to be chosen
@@ -61,7 +61,7 @@ def choices(
 ) -> dict[str, list]: # field of a Run -> its values; of names, the default first
     "What there is to choose from: criterion, ratio, schedule, coupling, network, and whatever else varies"
     more = [c for c in RUN if c in rows and c not in (*CHOSEN, 'seed') and rows[c].nunique() > 1]
-    values = {c: _order(rows[[c]].drop_duplicates(), [c])[c].tolist() for c in (*CHOSEN, *more)}
+    values = {c: ordered(rows[[c]].drop_duplicates(), [c])[c].tolist() for c in (*CHOSEN, *more)}
     later = lambda c, v: c != 'criterion' and isinstance(v, str) and v != USUAL[c]
     return {c: sorted(vs, key=lambda v: later(c, v)) for c, vs in values.items()}
 
@@ -132,7 +132,7 @@ def _rulers(rows:pd.DataFrame, y:str) -> dict[str, float]:
     "Dense network and chance, where there is one of each"
     if not y.startswith('accuracy'): return {}
     many = dict(dense=rows.baseline.nunique() > 1, chance=rows.data.map(lambda d: SETS.get(d, (0,))[0]).nunique() > 1)
-    return {k: v for k, v in _levels(rows).items() if not many[k.split()[0]]}
+    return {k: v for k, v in levels_of(rows).items() if not many[k.split()[0]]}
 
 def _spread_said(n:pd.Series, level:float) -> str:
     "What the bars of a chart are"
@@ -168,8 +168,8 @@ def _rings(base:alt.Chart) -> list[alt.Chart]:
 def _compared(s:pd.DataFrame, rows:pd.DataFrame, x:str, y:str, level:float, a:str, b:str, names, width:int, height:int) -> alt.LayerChart:
     "The chart of points that are worked out"
     drawn, lines = list(dict.fromkeys(s.criterion)), [line for line in _lines(rows) if line in set(s.line)]
-    looks, levels = _kept(_looks(names or drawn), drawn), _rulers(rows, y)
-    top = max(_top([s], levels), min(1, np.ceil(20*s.high.max())/20) if s.high.notna().any() else 0)
+    looks, levels = _kept(encodings(names or drawn), drawn), _rulers(rows, y)
+    top = max(top_of([s], levels), min(1, np.ceil(20*s.high.max())/20) if s.high.notna().any() else 0)
     at, x_axis = _across(s, x)
     interval = lambda p: f'{p.low:.3f} to {p.high:.3f}' if p.n > 1 else 'none: one run'
     s = s.assign(at=at, interval=[interval(p) for p in s.itertuples()])
@@ -197,11 +197,11 @@ def _compared(s:pd.DataFrame, rows:pd.DataFrame, x:str, y:str, level:float, a:st
     picks = pick('click', '!event.shiftKey'), pick('shift_click', 'event.shiftKey')
     over = alt.Chart(s).mark_point(size=150, filled=True, opacity=0, cursor='pointer').encode(
         x_axis, y_axis, tooltip=tips, description='said').add_params(*picks)
-    settings = _about(rows, s.n, bars=False)
+    settings = subtitle_of(rows, s.n, bars=False)
     words = f'{LABELS[y]} against {axes(rows)[x][0]}'
     title = alt.TitleParams(words[0].upper() + words[1:], anchor='start', offset=10,
                             subtitle=[settings[0], settings[1] + _spread_said(s.n, level)])
-    return alt.layer(*_rules(levels, x != 'ratio'), *bars, path, *dots, *_rings(base), over).add_params(
+    return alt.layer(*reference_lines(levels, x != 'ratio'), *bars, path, *dots, *_rings(base), over).add_params(
         alt.param(name='a', value=a), alt.param(name='b', value=b)).properties(width=width, height=height, title=title)
 
 def comparison(
@@ -258,7 +258,7 @@ def difference(
     from scipy import stats
     a, b = (r.set_index('seed')[y].dropna() for r in (a, b))
     if len(d := (a - b).dropna().round(12)):
-        s = _spread(d, level)
+        s = spread(d, level)
         p = 2*stats.t.sf(abs(s['mean'])/(s['sd']/s['n']**.5), s['n']-1) if s['n'] > 1 and s['sd'] else np.nan
         return dict(how='paired by seed', n=s['n'], difference=s['mean'], low=s['low'], high=s['high'], p=p)
     out = dict(how='not paired', n=min(len(a), len(b)), difference=a.mean() - b.mean())
@@ -363,7 +363,7 @@ class _Controls(w.VBox):
         "A tick for one value; of a criterion, with its shape in its colour"
         text = html.escape(f'{value:g}' if isinstance(value, float) else str(value))
         if field == 'criterion':
-            looks = _looks(list(dict.fromkeys(self.rows.criterion)))
+            looks = encodings(list(dict.fromkeys(self.rows.criterion)))
             look = lambda k: dict(zip(looks[k]['scale']['domain'], looks[k]['scale']['range']))[value]
             text = f'<span style="color:{look("color")}" aria-hidden="true">{MARKS[look("shape")]}</span> {text}'
         box = w.Checkbox(True, description=text, description_allow_html=True, indent=False, disabled=not free,

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GIVEN', 'OPS', 'KINDS', 'Ref', 'Batch', 'Op', 'Graph', 'untouched', 'unwrapped', 'Row', 'row', 'may_be_negative',
-           'weights', 'values', 'run', 'prove', 'read', 'Walk', 'follow', 'tied', 'stopped', 'classes', 'groups',
-           'cost']
+           'weights_of', 'values', 'run', 'rounding', 'furthest', 'prove', 'images_like', 'read', 'recall', 'Walk',
+           'follow', 'tied', 'groups_of', 'channels_at', 'stopped', 'classes', 'groups', 'macs_of', 'cost']
 
 # %% ../nbs/graph.ipynb #c002
 import copy, inspect, io, logging, operator, re, traceback, warnings
@@ -62,6 +62,11 @@ class Op:
     @property
     def ins(self) -> list[str]: return _refs((self.args, dict(self.kwargs)))
 
+    def apply(self, value:Callable[[str], object], n:int=2): # what comes out, for n images
+        "Do it, to what `value` says of each name that goes in"
+        args, kwargs = _filled((self.args, dict(self.kwargs)), value, n)
+        return (row(self).run or self.call)(*args, **kwargs)
+
     def where(self) -> str:
         "Whose it is, in words"
         return ', '.join(s for s in (self.layer, self.line) if s) or 'the network'
@@ -89,6 +94,13 @@ class Graph:
     @property
     def image(self) -> Op: return next(o for o in self.ops if o.op == 'image')
 
+    @property
+    def results(self) -> list[str]: return _refs(self.out) # names of what is put out
+
+    def result(self, value:Callable[[str], object], n:int): # for n images
+        "What the network puts out, from what `value` says of each name"
+        return _filled(self.out, value, n)
+
     def __post_init__(self): object.__setattr__(self, '_by_name', {o.name: o for o in self.ops})
 
     def __repr__(self):
@@ -100,7 +112,7 @@ class Graph:
 # %% ../nbs/graph.ipynb #c014
 def _remembered(box:dict|list|set) -> Callable[[], None]:
     "How a container gets its contents back"
-    old = copy.copy(box)
+    old = box.copy()
     def back(): box.clear(); box.extend(old) if isinstance(box, list) else box.update(old)
     return back
 
@@ -120,7 +132,7 @@ def untouched(model:nn.Module) -> Iterator[None]:
             for back in reversed(backs): back()
             with torch.no_grad():
                 for b, old in buffers:
-                    if b.is_meta or not torch.equal(b, old): b.copy_(old) # a write counts as a change
+                    if b.is_meta or not b.equal(old): b.copy_(old) # else a gradient in the making would miss it
 
 # %% ../nbs/graph.ipynb #c019
 def unwrapped(model:nn.Module) -> nn.Module:
@@ -181,7 +193,15 @@ def _exported(model:nn.Module, x:Tensor) -> torch.export.ExportedProgram:
             _without_watchers(model, x)
             return torch.export.export(model, (x,), strict=False, dynamic_shapes=_free(model))
     except Exception as e:
-        raise _unreadable(model, e) from e
+        raise _wrong_images(model, x) or _unreadable(model, e) from e
+
+def _wrong_images(model:nn.Module, x:Tensor) -> ValueError|None:
+    "If it is not the reading that fails"
+    try:
+        with untouched(model), evaluating(model), torch.no_grad(): model(x)
+    except Exception as e:
+        why = (str(e).strip().splitlines() or [type(e).__name__])[0]
+        return ValueError(f'{type(model).__name__} does not take an image of shape {tuple(x.shape[1:])}: {why}')
 
 def _unreadable(model:nn.Module, e:Exception) -> ValueError:
     "What stood in the way, and where"
@@ -479,7 +499,7 @@ def may_be_negative(graph:Graph) -> dict[str, bool]: # by name
     return found
 
 # %% ../nbs/graph.ipynb #c082
-def weights(
+def weights_of(
     graph:Graph,
     model:nn.Module, # whose weights it takes, not in a wrapper
 ) -> dict[str, Tensor]: # by the user's names
@@ -506,16 +526,15 @@ def values(
     if graph.batch not in (None, len(x)):
         raise ValueError(f'the code of {type(model).__name__} has a batch of {graph.batch} images '
                          f'written into it; this one has {len(x)}')
-    found = weights(graph, unwrapped(model)) | {graph.image.name: x}
+    found = weights_of(graph, unwrapped(model)) | {graph.image.name: x}
     for o in graph.ops:
         if o.op in GIVEN: continue
-        args, kwargs = _filled((o.args, dict(o.kwargs)), found.__getitem__, len(x))
-        found[o.name] = (row(o).run or o.call)(*args, **kwargs)
+        found[o.name] = o.apply(found.__getitem__, len(x))
     return found
 
 def run(graph:Graph, model:nn.Module, x:Tensor): # what the network would put out
     "Run the graph"
-    return _filled(graph.out, values(graph, model, x).__getitem__, len(x))
+    return graph.result(values(graph, model, x).__getitem__, len(x))
 
 # %% ../nbs/graph.ipynb #c088
 def _live(out) -> list[bool]: # for each thing that is put out
@@ -546,7 +565,8 @@ def _network(model:nn.Module, x:Tensor) -> tuple[object, Tensor, list[bool]]:
     "What the user's network puts out, the gradient, and from what it came"
     with untouched(model):
         try: out, g = _asked(model, x); return out, g, _live(out)
-        except RuntimeError: return *_asked(model, x, []), []
+        except RuntimeError: # it runs without gradients only
+            with torch.no_grad(): return model(x), torch.zeros_like(x), []
 
 # %% ../nbs/graph.ipynb #c097
 _NEAR = {torch.float64: 1e-9, torch.float32: 1e-4} # what rounding may do; coarser types: 0.02
@@ -560,9 +580,9 @@ def _apart(a:Tensor, b:Tensor) -> float:
     off, size = (a-b)[~same].abs().nan_to_num(float('inf')), a.abs().nan_to_num(0., 0.)
     return (off.max()/size.max().clamp(min=1e-30)).item()
 
-def _near(dtype:torch.dtype) -> float: return _NEAR.get(dtype, .02 if dtype.is_floating_point else 0)
+def rounding(dtype:torch.dtype) -> float: return _NEAR.get(dtype, .02 if dtype.is_floating_point else 0)
 
-def _furthest(a, b) -> float:
+def furthest(a, b) -> float:
     pairs = zip(tree_leaves(a), tree_leaves(b), strict=True)
     return max((_apart(p, q) for p, q in pairs if isinstance(p, Tensor)), default=0.)
 
@@ -593,7 +613,7 @@ def _first_apart(graph:Graph, have:Callable[[str], bool]) -> Op:
 def _parted(graph:Graph, model:nn.Module, x:Tensor) -> Op:
     "The first operation whose values are not the network's"
     with _Seen() as seen, untouched(model), torch.no_grad(): model(x)
-    ours, near = values(graph, model, x), _near(x.dtype)
+    ours, near = values(graph, model, x), rounding(x.dtype)
     given = {o.name for o in graph.ops if o.op in GIVEN}
     return _first_apart(graph, lambda n: n in given or _known(ours[n], seen.found, near))
 
@@ -615,8 +635,8 @@ def _gradient_parts(graph:Graph, model:nn.Module, x:Tensor) -> Op:
     with torch.enable_grad(), untouched(model):
         with _Called() as called: out = model(x)
         ours = values(graph, model, ours_x)
-    total, live, near = _weighed(out, _live(out)), _live(out), _near(x.dtype)
-    mine = _weighed(_filled(graph.out, ours.__getitem__, len(x)), live)
+    total, live, near = _weighed(out, _live(out)), _live(out), rounding(x.dtype)
+    mine = _weighed(graph.result(ours.__getitem__, len(x)), live)
     for o in reversed(graph.ops):
         if o.op in GIVEN or not isinstance(ours[o.name], Tensor): continue
         v, g = ours[o.name], _gradient(mine, ours[o.name])
@@ -634,8 +654,8 @@ def prove(
     "Compare a graph with its network: `ValueError` that names where they part first"
     out, g, live = _network(model, x)
     ours, ours_g = _asked(lambda x: run(graph, model, x), x, live)
-    near = max(_near(t.dtype) for t in tree_leaves(out) if isinstance(t, Tensor))
-    off, off_g = _furthest(out, ours), _apart(g, ours_g)
+    near = max(rounding(t.dtype) for t in tree_leaves(out) if isinstance(t, Tensor))
+    off, off_g = furthest(out, ours), _apart(g, ours_g)
     if off > near: raise _other(model, 'values', _parted(graph, model, x), off)
     if off_g > 10*near: raise _other(model, 'gradients', _gradient_parts(graph, model, x), off_g)
     return max(off, off_g)
@@ -678,7 +698,7 @@ def _state(model:nn.Module) -> tuple:
     return tuple((t.data_ptr(), t._version) for t in model.state_dict(keep_vars=True).values())
 
 # %% ../nbs/graph.ipynb #c125
-def _images(model:nn.Module, x:Tensor|tuple, n:int) -> Tensor: # (n,C,H,W)
+def images_like(model:nn.Module, x:Tensor|tuple, n:int) -> Tensor: # (n,C,H,W)
     "Images of this size, the same each time"
     p = next(model.parameters(), torch.zeros(()))
     shape = tuple(x.shape[1:]) if isinstance(x, Tensor) else tuple(x)
@@ -693,7 +713,7 @@ def read(
     "The graph of a network, read once for each structure and compared with the network"
     model = unwrapped(model)
     with evaluating(model):
-        key = _structure(model, two := _images(model, x, 2))
+        key = _structure(model, two := images_like(model, x, 2))
         state, kept = _state(model), _KEPT.get(key)
         if kept and _PROVED.get(model) == (kept, state): return kept
         graph = _proved(kept, model, x) or _proved(_read(model, two), model, x, must=True)
@@ -702,10 +722,22 @@ def read(
     _PROVED[model] = graph, _state(model)
     return graph
 
+def recall(model:nn.Module) -> Graph:
+    "The graph as it was read before, for images of whatever size; else for the first usual size that works"
+    model = unwrapped(model)
+    with evaluating(model): rest = _structure(model, images_like(model, (1, 1, 1), 1))[1:]
+    sizes = [tuple(k[0][1]) for k in reversed(_KEPT) if k[1:] == rest]
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    sizes += [(first.in_channels if first else 3, n, n) for n in (32, 64, 224)]
+    for i, size in enumerate(sizes):
+        try: return read(model, size)
+        except ValueError:
+            if i == len(sizes)-1: raise
+
 def _proved(graph:Graph|None, model:nn.Module, x:Tensor|tuple, must:bool=False) -> Graph|None:
     "The graph, if it is this network's"
     if graph is None: return None
-    try: prove(graph, model, _images(model, x, graph.batch or 3))
+    try: prove(graph, model, images_like(model, x, graph.batch or 3))
     except ValueError:
         if must: raise
         return None
@@ -729,7 +761,9 @@ class Walk:
     ties:list=field(default_factory=list) # pairs of tensors of numbers that must go together
     stops:dict=field(default_factory=dict) # operation -> numbers that can't be cut because of it
     reads:dict=field(default_factory=dict) # weights that mix -> numbers that they read
+    holds:dict=field(default_factory=dict) # other weights -> the numbers of their entries
     next:int=1
+    parts:tuple=() # for `tied`
 
     def new(self, owner:str, n:int, dim:int, ndim:int) -> Tensor:
         "Numbers for the channels that an operation makes; the same ones if its weights run twice"
@@ -762,11 +796,15 @@ def _kind(f:Callable) -> Callable:
 def _tensors(op:Op, walk:Walk) -> list[str]: # the names of what goes in and is a tensor
     return [n for n in op.ins if isinstance(walk.who[n], Tensor)]
 
-def follow(graph:Graph) -> Walk:
+_WALKS = WeakKeyDictionary() # graph -> its walk
+
+def follow(graph:Graph) -> Walk: # the same one each time
     "Every channel from where it is made to where it ends"
-    walk = Walk(graph)
-    for op in graph.ops: walk.who[op.name] = _numbers(op, walk)
-    return walk
+    if graph not in _WALKS:
+        walk = Walk(graph)
+        for op in graph.ops: walk.who[op.name] = _numbers(op, walk)
+        _WALKS[graph] = walk
+    return _WALKS[graph]
 
 def _numbers(op:Op, walk:Walk) -> Tensor|list|None:
     "Of what one operation puts out"
@@ -796,11 +834,13 @@ def tied(walk:Walk) -> Tensor: # number of a channel -> the smallest one that it
     "Which channels are connected by ties"
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
+    if walk.parts and walk.parts[0] == len(walk.ties): return walk.parts[1]
     pairs = [torch.cat(t).long().numpy() for t in zip(*walk.ties)] or [[], []]
     links = coo_matrix(([1]*len(pairs[0]), pairs), shape=(walk.next, walk.next))
     part = torch.from_numpy(connected_components(links, directed=False)[1]).long()
     smallest = torch.full_like(part, walk.next)
-    return smallest.scatter_reduce(0, part, torch.arange(walk.next), 'amin')[part]
+    walk.parts = len(walk.ties), smallest.scatter_reduce(0, part, torch.arange(walk.next), 'amin')[part]
+    return walk.parts[1]
 
 # %% ../nbs/graph.ipynb #c146
 def _carried(op:Op, walk:Walk) -> Tensor|list:
@@ -809,18 +849,64 @@ def _carried(op:Op, walk:Walk) -> Tensor|list:
         t = walk.who[name]
         if t is None: return walk.graph[name].sizes
         return walk.full(name) if isinstance(t, Tensor) else t
-    args, kwargs = _filled((op.args, dict(op.kwargs)), number, 2)
-    return (row(op).run or op.call)(*args, **kwargs)
+    return op.apply(number)
 
-for name in 'joins', 'takes', 'spreads', 'permutes': KINDS[name] = _carried
+for name in 'spreads', 'permutes': KINDS[name] = _carried
+
+@_kind
+def _takes(op:Op, walk:Walk) -> Tensor|list:
+    "Part of it; or with a part replaced by others, which then go together"
+    out = _carried(op, walk)
+    if op.op.endswith('_scatter'): walk.tie(walk.full(op.args[0].name), out)
+    return out
+
+def _own(op:Op, walk:Walk, numbers:Tensor) -> Tensor:
+    "Channels that come from nowhere are this operation's"
+    blank = (out := _thin(numbers)) == 0
+    if blank.any(): out = out.masked_scatter(blank, walk.new(op.name, int(blank.sum()), 0, 1))
+    return out
+
+@_kind
+def _joins(op:Op, walk:Walk) -> Tensor: return _own(op, walk, _carried(op, walk))
 
 @_kind
 def _pads(op:Op, walk:Walk) -> Tensor:
-    "New channels are nobody's, whatever value they have"
+    "A border belongs to its channel; new channels are this operation's, whatever value they have"
+    t, by = walk.who[_tensors(op, walk)[0]], op.args[1]
+    padded = [t.ndim-1-i//2 for i, n in enumerate(by) if n]
+    if all(t.shape[d] == 1 for d in padded): return t
     args = [0. if isinstance(a, float) else a for a in op.args]
-    return _carried(replace(op, args=tuple(args)), walk)
+    return _own(op, walk, _carried(replace(op, args=tuple(args)), walk))
 
 # %% ../nbs/graph.ipynb #c157
+_AT_ONE = 'batch_norm', 'instance_norm', 'group_norm', 'prelu' # their weights lie along dimension 1
+
+def _entries(graph:Graph, name:str) -> tuple[str, Tensor]|None: # a weight; its entries, from 0
+    "The one weight with one long dimension that a value is another shape of"
+    op = graph[name]
+    if op.op in GIVEN:
+        n = torch.Size(op.sizes).numel()
+        return (name, torch.arange(n).double().view(op.sizes)) if n == max(op.sizes, default=1) else None
+    single = len(op.ins) == 1 and row(op).kind in ('each', 'spreads', 'permutes', 'takes')
+    found = _entries(graph, op.ins[0]) if single else None
+    if not found or row(op).kind == 'each' and not op.op.startswith('expand'): return found
+    return found[0], op.apply(lambda n: found[1])
+
+def _hold(op:Op, name:str, out:Tensor, walk:Walk) -> None:
+    "Whose the entries of a weight are that meets channels one by one"
+    sizes = walk.graph[name].sizes
+    first = 1 if op.op in _AT_ONE else out.ndim-len(sizes)
+    along = [d for d, n in enumerate(sizes) if n > 1 and out.shape[first+d] > 1]
+    if not along or row(walk.graph[name]).kind == 'makes': return
+    found = _entries(walk.graph, name)
+    if not found or len(along) > 1 or out.numel() != out.shape[first+along[0]]:
+        return walk.stop(op, out)
+    order = found[1].movedim(along[0], 0).flatten(1)[:, 0].long() if found[1].ndim > 1 else found[1].long()
+    numbers = torch.zeros(len(order), dtype=torch.double)
+    numbers[order] = out.flatten()
+    walk.tie(walk.holds.setdefault(found[0], numbers), numbers)
+
+# %% ../nbs/graph.ipynb #c159
 @_kind
 def _each(op:Op, walk:Walk) -> Tensor:
     "All that goes in has the same channels"
@@ -830,17 +916,21 @@ def _each(op:Op, walk:Walk) -> Tensor:
         if t.numel() == 1 and out.numel() > 1: continue # a gate
         walk.tie(out, t)
         out = torch.where(out > 0, out, t)
+    for n in _tensors(op, walk):
+        if not walk.who[n].any(): _hold(op, n, out, walk)
     return out
 
-# %% ../nbs/graph.ipynb #c160
+# %% ../nbs/graph.ipynb #c162
 @_kind
 def _levels(op:Op, walk:Walk) -> Tensor:
     "Keeps channels apart, and takes numbers over all of them"
     t = walk.who[_tensors(op, walk)[0]]
-    if t.numel() > 1: walk.stop(op, t)
+    last = op.op == 'layer_norm' and len(op.args[1]) == 1 and t.shape[-1] == t.numel()
+    if t.numel() > 1 and not last and op.op != 'group_norm': walk.stop(op, t)
+    for n in _tensors(op, walk)[1:]: _hold(op, n, t, walk)
     return t
 
-# %% ../nbs/graph.ipynb #c163
+# %% ../nbs/graph.ipynb #c165
 def _weights_behind(graph:Graph, name:str) -> list[str]:
     "The parameters from which a weight is worked out, itself if it is one"
     op = graph[name]
@@ -852,23 +942,31 @@ def _as_one(t:Tensor, dim:int, walk:Walk) -> Tensor:
         if d != dim: walk.tie(t, top := t.amax(d, keepdim=True)); t = top
     return t
 
-# %% ../nbs/graph.ipynb #c165
+# %% ../nbs/graph.ipynb #c167
 @_kind
 def _mixes(op:Op, walk:Walk) -> Tensor:
     "New channels out of old ones"
     x, w = (op.args[i].name for i in row(op).takes)
-    t, dim = walk.who[x], 1 if op.op.startswith('conv') else len(op.sizes)-1
+    t, dim = walk.who[x], channels_at(op)
     if walk.who[w].any(): return _stops(op, walk)
     if t.shape[dim] == 1 and walk.graph[x].sizes[dim] > 1: return t
     t = _as_one(t, dim, walk)
     weights = ' '.join(_weights_behind(walk.graph, w)) or op.name
+    if walk.owners.get(weights, (0, n := op.sizes[dim]))[1] != n: return _stops(op, walk)
     walk.tie(walk.reads.setdefault(weights, t.flatten()), t.flatten()) # they may run twice
     new = walk.new(weights, op.sizes[dim], dim, len(op.sizes))
-    groups = op.args[6] if op.op == 'conv2d' and len(op.args) > 6 else 1
-    if groups > 1 and groups == t.numel() == new.numel(): walk.tie(new, t)
+    if 1 < groups_of(op) == t.numel() == new.numel(): walk.tie(new, t)
     return new
 
-# %% ../nbs/graph.ipynb #c169
+def groups_of(op:Op) -> int:
+    "In how many parts a convolution works, each on its own channels"
+    return op.args[6] if op.op.startswith('conv') and len(op.args) > 6 else 1
+
+def channels_at(op:Op) -> int: # a dimension of what comes out
+    "Where that which mixes has its channels"
+    return 1 if op.op.startswith('conv') else len(op.sizes)-1
+
+# %% ../nbs/graph.ipynb #c171
 @_kind
 def _stops(op:Op, walk:Walk) -> Tensor|list:
     "Nothing is known: what goes in can't be cut, what comes out is new and can't either"
@@ -878,7 +976,7 @@ def _stops(op:Op, walk:Walk) -> Tensor|list:
     new = walk.new(op.name, sizes[dim] if dim else 1, dim, len(sizes))
     return new if op.sizes else _Anything([new])
 
-# %% ../nbs/graph.ipynb #c172
+# %% ../nbs/graph.ipynb #c174
 @_kind
 def _pools(op:Op, walk:Walk) -> Tensor:
     "The same channels at fewer positions"
@@ -886,6 +984,7 @@ def _pools(op:Op, walk:Walk) -> Tensor:
     t, old = walk.who[name], len(walk.graph[name].sizes)
     dims = _reduced(op, old)
     if any(t.shape[d] > 1 for d in dims): return _stops(op, walk)
+    if op.sizes is None: return [t, t] # and where the largest was
     if len(op.sizes) == old: return t
     return t.reshape([s for d, s in enumerate(t.shape) if d not in dims])
 
@@ -896,16 +995,16 @@ def _reduced(op:Op, n:int) -> list[int]:
     dims = [dims] if isinstance(dims, int) else dims or range(n)
     return [d % n for d in dims]
 
-# %% ../nbs/graph.ipynb #c175
+# %% ../nbs/graph.ipynb #c177
 @_kind
 def _makes(op:Op, walk:Walk) -> Tensor: return _nobodys(op)
 
-# %% ../nbs/graph.ipynb #c178
+# %% ../nbs/graph.ipynb #c180
 def stopped(graph:Graph) -> dict[str, str]: # operation -> where it is
     "What stops cutting: operations that are not in the table, or need every channel"
     return {n: f'{graph[n].op} of {graph[n].where()}' for n in follow(graph).stops}
 
-# %% ../nbs/graph.ipynb #c181
+# %% ../nbs/graph.ipynb #c183
 def classes(graph:Graph) -> set[str]: # names of operations
     "What puts out the result: the last operations that mix, seen from the output"
     found, todo, met = set(), _refs(graph.out), set()
@@ -916,14 +1015,27 @@ def classes(graph:Graph) -> set[str]: # names of operations
         else: todo += op.ins
     return found
 
-# %% ../nbs/graph.ipynb #c184
+# %% ../nbs/graph.ipynb #c186
+def _parts(walk:Walk) -> dict[int, set]: # component -> (operation, what, part)
+    "In which part of which convolutions a channel lies"
+    component, found = tied(walk).tolist(), defaultdict(set)
+    for op in walk.graph.ops:
+        several = op.op == 'conv2d' and 1 < groups_of(op) < walk.graph[op.args[0].name].sizes[1]
+        if not several or op.name in walk.stops: continue # a depthwise one is tied
+        for what, name in ('in', op.args[0].name), ('out', op.name):
+            numbers = walk.who[name].amax((0, 2, 3)).long().tolist()
+            for i, number in enumerate(numbers):
+                found[component[number]].add((op.name, what, i*groups_of(op)//len(numbers)))
+    return found
+
+# %% ../nbs/graph.ipynb #c188
 def _first_numbers(walk:Walk) -> dict[str, tuple[int, int]]:
     "The convolutions that run, each with its first number and how many it has"
     done = [o for o in walk.graph.ops if o.op == 'conv2d' and o.name not in walk.stops]
     ran = {o.layer: walk.who[o.name] for o in done}
     return {n: (int(ran[n].min()), ran[n].numel()) for n in walk.graph.convs if n in ran}
 
-# %% ../nbs/graph.ipynb #c186
+# %% ../nbs/graph.ipynb #c190
 def _members(walk:Walk) -> dict[int, list[tuple[str, int]]]: # component -> (convolution, channel)
     component, found = tied(walk).tolist(), defaultdict(list)
     for name, (first, n) in _first_numbers(walk).items():
@@ -932,7 +1044,7 @@ def _members(walk:Walk) -> dict[int, list[tuple[str, int]]]: # component -> (con
     for number in torch.cat(fixed).long().tolist(): found.pop(component[number], None)
     return found
 
-# %% ../nbs/graph.ipynb #c188
+# %% ../nbs/graph.ipynb #c192
 def _span(name:str, channels:list[int], n:int) -> str:
     "A member of a group, as it is written"
     first, last = channels[0], channels[-1]
@@ -950,20 +1062,32 @@ def _runs(rows:list[list[int]]) -> Iterator[list[list[int]]]:
         run.append(r)
     if run: yield run
 
-# %% ../nbs/graph.ipynb #c190
+# %% ../nbs/graph.ipynb #c194
 def groups(graph:Graph) -> list[tuple[str, ...]]: # in the order of the network
     "The convolutions, or runs of their channels, that must go together"
+    if graph not in _GROUPS: _GROUPS[graph] = _in_words(graph)
+    return [*_GROUPS[graph]]
+
+_GROUPS = WeakKeyDictionary() # graph -> its groups
+
+def _in_words(graph:Graph) -> list[tuple[str, ...]]:
     walk, by_convs = follow(graph), defaultdict(list)
-    for members in _members(walk).values():
-        by_convs[tuple(n for n, _ in members)].append([i for _, i in members])
+    parts = _parts(walk)
+    for c, members in _members(walk).items():
+        key = tuple(n for n, _ in members), frozenset(parts.get(c, ()))
+        by_convs[key].append([i for _, i in members])
     size = {n: k for n, (_, k) in _first_numbers(walk).items()}
     found = [tuple(_span(n, list(ch), size[n]) for n, ch in zip(names, zip(*run)))
-             for names, rows in by_convs.items() for run in _runs(sorted(rows))]
-    order = {n: i for i, n in enumerate(graph.convs)}
-    return sorted(found, key=lambda g: order[g[0].split('[')[0]])
+             for (names, _), rows in by_convs.items() for run in _runs(sorted(rows))]
+    return sorted(found, key=lambda g: _place(g[0], graph))
 
-# %% ../nbs/graph.ipynb #c195
-def _macs(op:Op, graph:Graph) -> int:
+def _place(member:str, graph:Graph) -> tuple[int, int]:
+    "Where a member begins in the network"
+    name, _, run = member.partition('[')
+    return graph.convs.index(name), int(run.partition(':')[0] or 0)
+
+# %% ../nbs/graph.ipynb #c199
+def macs_of(op:Op, graph:Graph) -> int:
     "Multiply-accumulates of one operation for one image"
     if row(op).kind != 'mixes': return 0
     x, w = (torch.Size(graph[op.args[i].name].sizes) for i in row(op).takes)
@@ -971,7 +1095,7 @@ def _macs(op:Op, graph:Graph) -> int:
     each = w[-2] if op.op in ('mm', 'matmul', 'addmm') else w.numel()//w[0]
     return places.numel()*each//2
 
-# %% ../nbs/graph.ipynb #c197
+# %% ../nbs/graph.ipynb #c201
 def cost(graph:Graph) -> 'pd.DataFrame': # index layer; kind, filters, params, macs
     "Parameters and multiply-accumulates of each layer for one image"
     import pandas as pd
@@ -980,6 +1104,6 @@ def cost(graph:Graph) -> 'pd.DataFrame': # index layer; kind, filters, params, m
     table = {n: blank(n, kind) for n, kind in graph.layers.items()}
     for o in graph.ops:
         if o.op == 'weight': table[_owner(o.name)]['params'] += torch.Size(o.sizes).numel()
-        if n := _macs(o, graph): table.setdefault(o.layer, blank(o.layer, ''))['macs'] += n
+        if n := macs_of(o, graph): table.setdefault(o.layer, blank(o.layer, ''))['macs'] += n
     ran = {n: r for n, r in table.items() if r['params'] or r['macs']}
     return pd.DataFrame.from_dict(ran, orient='index').rename_axis('layer')

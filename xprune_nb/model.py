@@ -11,7 +11,7 @@ __all__ = ['MODELS', 'STEMS', 'build', 'convs', 'batch_norms', 'evaluating', 'co
 import hashlib, os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
@@ -171,11 +171,11 @@ class Baseline:
     classes:int
     seed:int # of the first weights and of the order of the images
     recipe:dict # how it was trained: the fields of `Recipe`
-    history:'pd.DataFrame' # one row an epoch
+    history:'pd.DataFrame' = field(repr=False) # one row an epoch
     test_accuracy:float # after the last epoch, on the 10,000 test images
-    files:dict[int, str] # epoch -> SHA-256 of the stored weights
-    versions:dict[str, str] # of what trained it
-    first:dict[str, list[float]] # name of a tensor -> its last values before the training
+    files:dict[int, str] = field(repr=False) # epoch -> SHA-256 of the stored weights
+    versions:dict[str, str] = field(repr=False) # of what trained it
+    first:dict[str, list[float]] = field(repr=False) # name of a tensor -> its last values before the training
     folder:Path # where its files are
 
     @property

@@ -1,4 +1,4 @@
-"""How much faster a training step of MobileNetV2 is with `fast_on_cpu` (32x32 images, batch 128): python tests/benchmarks/training_step.py [threads]
+"""How much faster a training step of MobileNetV2 is with `fast_routes` (32x32 images, batch 128): python tests/benchmarks/training_step.py [threads]
 
 Both ways run in turn in one process, so that what else the machine does hits both; the ratio of medians is what counts."""
 import sys, time
@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from xprune_nb.model import build
-from xprune_nb.training import fast_on_cpu
+from xprune_nb.training import fast_routes
 
 torch.set_num_threads(int(sys.argv[1]) if len(sys.argv) > 1 else 1)
 net = build('mobilenet_v2').train().to(memory_format=torch.channels_last)
@@ -21,7 +21,7 @@ def step():
     return time.perf_counter() - start
 
 def fast_step():
-    with fast_on_cpu(net): return step()
+    with fast_routes(net): return step()
 
 times = {'plain': [], 'fast': []}
 for i in range(15):

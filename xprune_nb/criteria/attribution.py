@@ -27,7 +27,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..core import one_of
-from ..graph import GIVEN, Batch, Graph, Op, Ref, read, row, run, untouched, unwrapped, values, weights
+from ..graph import GIVEN, Batch, Graph, Op, Ref, read, row, run, untouched, unwrapped, values, weights_of
 from ..model import convs
 
 # %% ../../nbs/criteria/attribution.ipynb #c007
@@ -112,7 +112,7 @@ class Program:
 # %% ../../nbs/criteria/attribution.ipynb #c009
 def _program(graph:Graph, model:nn.Module) -> Program:
     "The graph as it stands, what the weights alone decide worked out"
-    held, ops = {n: t.detach() for n, t in weights(graph, model).items()}, []
+    held, ops = {n: t.detach() for n, t in weights_of(graph, model).items()}, []
     for o in graph.ops:
         if o.op in GIVEN: continue
         if set(o.ins) - held.keys() or _needs_batch(o): ops.append(o)

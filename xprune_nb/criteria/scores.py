@@ -23,7 +23,7 @@ from .attribution import (Program, conductance, conductance_maps, folded, gradie
 from .relevance import (KINKED, SMOOTH, deeplift, deeplift_maps, deeplift_shap, deeplift_shap_maps,
                                           lrp, lrp_maps)
 from ..core import one_of
-from ..graph import Ref, read, unwrapped, weights
+from ..graph import Ref, read, unwrapped, weights_of
 from ..model import convs
 
 # %% ../../nbs/criteria/scores.ipynb #c007
@@ -72,7 +72,7 @@ def bn_scale(
     "Size of the scale that a filter's batch norm gives it (`ValueError` for convolutions without one)"
     layers = convs(model := unwrapped(model))
     graph = read(model, (next(iter(layers.values())).in_channels, 32, 32) if x is None else x)
-    held, found = weights(graph, model), {}
+    held, found = weights_of(graph, model), {}
     for conv, norm in norms_of(graph).items():
         scale = graph[norm].args[1]
         if scale is not None and graph[conv].layer in layers: found[graph[conv].layer] = held[scale.name].detach().abs()

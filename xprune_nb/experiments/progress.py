@@ -81,7 +81,7 @@ class Watch:
         under_way, waiting = self.running(), [r.schedule for r in self.runs if r.id not in done]
         left = remaining([(r['schedule'], r['seconds']) for r in self.rows], waiting, [s for *_, s in under_way], self.n_jobs)
         parts = [f'{len(done)} of {len(self.runs)} runs', f'{failed} failed' if failed else '',
-                 f'{clock(time.time()-self.begin)} so far', '' if math.isnan(left) else f'about {clock(left)} left']
+                 f'{clock(time.time()-self.begin)} so far', f'about {clock(left)} left' if left > 0 else '']
         return [' · '.join(p for p in parts if p), *(f'  {n}: {what} ({clock(s)})' for n, what, s in under_way)]
 
     def done(self, row:Mapping) -> None:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RETRAINS', 'CONTROLS', 'LATER', 'NAMED', 'LEAST', 'MOST', 'USUAL', 'CALIBRATION', 'TIMED', 'Run', 'asked', 'grid',
            'stream', 'shuffled', 'options', 'planning', 'scoring_macs', 'images_met', 'Step', 'no_cache', 'digest',
-           'digest_of', 'processor', 'Protocol', 'prune_steps', 'copy_of', 'carry', 'pack', 'unpack', 'predictions',
-           'versions', 'row']
+           'digest_of', 'processor', 'steady', 'Protocol', 'prune_steps', 'copy_of', 'carry', 'pack', 'unpack',
+           'predictions', 'versions', 'row']
 
 # %% ../../nbs/experiments/run.ipynb #c002
 import base64, contextlib, copy, functools, hashlib, importlib.metadata, itertools, json, math, numbers, os, platform
@@ -29,7 +29,7 @@ from ..model import baseline, build, convs, cost, evaluating, load_weights
 from ..pruning import (COUPLINGS, NORMALISATIONS, NORMS, REDUCTIONS, SCHEDULES, SCOPES, SHARES, Live, Plan, _of,
                                alive_in_both, costing, groups, kept, plan, random_alive_as, ratio_for, shares)
 from ..shrinking import latencies
-from ..training import DECAYS, History, Recipe, evaluate, fast_on_cpu, fit, recalibrate, steps_of
+from ..training import DECAYS, History, Recipe, evaluate, fast_routes, fit, recalibrate, steps_of
 
 # %% ../../nbs/experiments/run.ipynb #c005
 def _typed(name:str, value, kind:type):
@@ -299,8 +299,11 @@ def digest_of(images:Images, data:Data) -> str: # a split, and the set that it i
     return digest(dict(x=images.x, y=images.y, mean=data.mean, std=data.std))
 
 @functools.cache
-def processor() -> str: # such as 'Intel(R) Xeon(R) Processor 6.143.8 AVX512'
+def processor(
+    device:str='cpu', # or 'cuda'
+) -> str: # such as 'Intel(R) Xeon(R) Processor 6.143.8 AVX512', 'NVIDIA H100 80GB HBM3 9.0'
     "Model of the processor, and what torch uses of it: another one rounds otherwise, and training amplifies that"
+    if device == 'cuda': return '{} {}.{}'.format(torch.cuda.get_device_name(), *torch.cuda.get_device_capability())
     try: lines = Path('/proc/cpuinfo').read_text().split('\n\n')[0].splitlines()
     except OSError: lines = []
     said = {k.strip(): v.strip() for k, _, v in (o.partition(':') for o in lines)}
@@ -309,6 +312,13 @@ def processor() -> str: # such as 'Intel(R) Xeon(R) Processor 6.143.8 AVX512'
     return ' '.join(o for o in (name, kind, torch.backends.cpu.get_cpu_capability()) if o)
 
 # %% ../../nbs/experiments/run.ipynb #c031
+def steady(
+    threads:int=1, # of torch
+) -> None:
+    "Let torch round the same way each time: threads decide how sums do; on a GPU convolutions in whole float32, by one algorithm"
+    torch.set_num_threads(threads)
+    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True
+
 class Protocol:
     "The moves that a run is made of, and what they share: the images explained, the groups, the plan so far"
     def __init__(self,
@@ -317,7 +327,7 @@ class Protocol:
         data:Data,
         cache:Callable=no_cache,
     ):
-        torch.set_num_threads(run.threads) # decides how sums are rounded
+        steady(run.threads)
         self.run, self.net, self.data, self.cache, self.plan = run, net, data, cache, None
         self.base, self.shape, like = baseline(run.baseline), tuple(data.train.x.shape[1:]), next(net.parameters())
         self.groups, (x, y) = groups(net, self.shape), sample(data, run.images, run.seed)
@@ -328,7 +338,8 @@ class Protocol:
     def accuracy(self, net:nn.Module) -> float: return evaluate(net, self.data.val, self.data)[0]
 
     def machine(self) -> dict: # what decides how numbers are rounded
-        return dict(threads=self.run.threads, device=self.x.device.type, processor=processor(), versions=versions())
+        device = self.x.device.type
+        return dict(threads=self.run.threads, device=device, processor=processor(device), versions=versions())
 
     def about(self) -> dict: # what scores and their price depend on
         images = digest(dict(x=self.x, y=self.y))
@@ -418,7 +429,9 @@ def _repeated(protocol:Protocol, tell:Callable, progress:bool) -> Iterator[Step]
         if i < n: protocol.recalibrate(net) # for the next scores: also what is dead has statistics
         seconds['retrain'] = time.perf_counter()-start
         accuracy = {k: protocol.accuracy(m) for k, m in nets.items()}
-        accuracy = dict(before=before, **accuracy, retrained=protocol.accuracy(live.net))
+        known = history.frame.get('val_accuracy', ()) # that of the last epoch is of this very network
+        retrained = [*known][-1] if len(known) else protocol.accuracy(live.net)
+        accuracy = dict(before=before, **accuracy, retrained=retrained)
         before = accuracy['retrained']
         met = min(CALIBRATION, len(protocol.data.train.y))
         if live.connected: met += 3*images_met(protocol.data, run.recipe(i == n))
@@ -542,7 +555,7 @@ def predictions(
 ) -> tuple[Tensor, Tensor]: # (N,) classes, (N,) how surely: the probability of that class, in 255ths
     "What each image is taken for"
     like, found = next(net.parameters()), []
-    with evaluating(net), fast_on_cpu(net):
+    with evaluating(net), fast_routes(net):
         for x, _ in loader(images.to(like.device), data, 500):
             found.append(net(x.to(like.dtype)).softmax(1).max(1))
     sure, classes = (torch.cat(t).cpu() for t in zip(*found))
@@ -566,7 +579,7 @@ def _dense(run:Run, data:Data, device:torch.device, cache:Callable) -> dict[str,
     "Accuracy on the test images, cost and latency of the whole network; the same for all runs of a baseline"
     net, shape = baseline(run.baseline).net().to(device), tuple(data.train.x.shape[1:])
     about = dict(net=digest(net.state_dict()), test=digest_of(data.test, data), threads=run.threads,
-                 device=device.type, processor=processor(), versions=versions())
+                 device=device.type, processor=processor(device.type), versions=versions())
     def measure():
         c = cost(net, shape).sum(numeric_only=True)
         found = dict(accuracy_dense=evaluate(net, data.test, data)[0], params_dense=c.params, macs_dense=c.macs,
@@ -605,4 +618,4 @@ def row(
         live=[m.out_channels for m in convs(live).values()], plan=pack(torch.cat([*last.plan.values()])),
         predicted=pack(classes), confidence=pack(sure), latency=ms, **seconds,
         epochs_spent=sum(len(s.history.frame) for s in steps), **spent, macs_spent=sum(spent.values()),
-        device=device.type, processor=processor(), versions=versions())
+        device=device.type, processor=processor(device.type), versions=versions())
