@@ -166,8 +166,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/xprune_nb', 'doc_host': ''
                                                                                             'xprune_nb/criteria/attribution.py'),
                                                 'xprune_nb.criteria.attribution._slope': ( 'criteria/attribution.html#_slope',
                                                                                            'xprune_nb/criteria/attribution.py'),
-                                                'xprune_nb.criteria.attribution._two_images': ( 'criteria/attribution.html#_two_images',
-                                                                                                'xprune_nb/criteria/attribution.py'),
                                                 'xprune_nb.criteria.attribution._with_norm': ( 'criteria/attribution.html#_with_norm',
                                                                                                'xprune_nb/criteria/attribution.py'),
                                                 'xprune_nb.criteria.attribution._worked_out': ( 'criteria/attribution.html#_worked_out',

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -27,7 +28,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..core import one_of
-from ..graph import GIVEN, Batch, Graph, Op, Ref, read, row, run, untouched, unwrapped, values, weights_of
+from ..graph import (GIVEN, Batch, Graph, Op, Ref, images_like, read, rounding, row, run, untouched, unwrapped,
+                             values, weights_of)
 from ..model import convs
 
 # %% ../../nbs/criteria/attribution.ipynb #c007
@@ -180,8 +182,6 @@ def _folded(program:Program) -> Program:
                    instead={n: f for n, f in program.instead.items() if n not in both})
 
 # %% ../../nbs/criteria/attribution.ipynb #c016
-_NEAR = {torch.float64: 1e-9, torch.float32: 1e-4} # of the largest number; coarser types: 0.02
-
 def _apart(a:Tensor, b:Tensor) -> float:
     "Share of what is there by which two differ, NaN and infinity in the same places aside"
     a, b = a.detach().double(), b.detach().double()
@@ -200,7 +200,7 @@ def _slope(f:Callable, x:Tensor) -> tuple[Tensor, Tensor]: # what comes out, and
 
 def _proved(program:Program, model:nn.Module, x:Tensor) -> Program:
     "The program, if it is the graph"
-    graph, near = program.graph, _NEAR.get(x.dtype, .02)
+    graph, near = program.graph, rounding(x.dtype)
     pairs = zip(_slope(lambda v: run(graph, model, v), x), _slope(program, x))
     off = max(_apart(a, b)/scale for (a, b), scale in zip(pairs, (1, 100))) # gates on a kink may fall to either side
     if off <= near: return program
@@ -226,17 +226,19 @@ def folded(
     if norms: program = _folded(program)
     for name, conv in program.filters.items():
         if graph[name].shape[0] != Batch(1): raise _not_per_image(graph, conv)
-    return _proved(program, model, _two_images(graph, model))
+    versions = tuple((t.data_ptr(), t._version) for t in weights_of(graph, model).values())
+    if _PROVED.get(model, {}).get(norms) != (graph, versions):
+        _proved(program, model, images_like(model, tuple(graph.image.sizes[1:]), 2))
+        _PROVED.setdefault(model, {})[norms] = graph, versions
+    return program
+
+_PROVED = WeakKeyDictionary() # network -> folded or not -> the graph and the state of the weights for which it was proved
 
 def _not_per_image(graph:Graph, conv:str) -> ValueError:
     "There is no telling which image an output belongs to"
     if graph and graph.batch: return ValueError(f'the code has a batch of {graph.batch} images written into it')
     return ValueError(f"layer '{conv}' does not put out one map an image and filter (it gets parts of images "
                       'one after another): its filters have no one attribution an image')
-
-def _two_images(graph:Graph, model:nn.Module) -> Tensor:
-    p, g = next(model.parameters()), torch.Generator().manual_seed(1)
-    return torch.randn(2, *graph.image.shape[1:], generator=g, dtype=torch.float64).to(p)
 
 # %% ../../nbs/criteria/attribution.ipynb #c019
 class Hooked:

@@ -257,7 +257,7 @@ def _splits(spot:Spot, layer:Layer, a:Tensor) -> Tensor:
         return R_in,
     return OwnBackward.apply(back, z, a)
 
-# %% ../../nbs/criteria/relevance.ipynb #c023
+# %% ../../nbs/criteria/relevance.ipynb #c024
 def _weighted(spot:Spot, call:Callable, x:Tensor, w:Tensor, b:Tensor|None=None, *more) -> Tensor:
     "A convolution or a linear layer"
     conv = spot.op.op.startswith('conv')
@@ -278,7 +278,7 @@ def _summed(spot:Spot, call:Callable, x:Tensor, *more, **named) -> Tensor:
     "An average, or anything else that is a sum of its one input with fixed weights"
     return _splits(spot, Layer(lambda a, w, b: call(a, *more, **named), None), x)
 
-# %% ../../nbs/criteria/relevance.ipynb #c025
+# %% ../../nbs/criteria/relevance.ipynb #c027
 def _is(v) -> bool: return isinstance(v, Tensor)
 
 def _added(spot:Spot, call:Callable, a, b, alpha=1) -> Tensor:
@@ -320,7 +320,7 @@ def _passed(spot:Spot, call:Callable, a:Tensor, *more, **named) -> Tensor:
 
 def _through(spot:Spot, call:Callable, a:Tensor) -> Tensor: return a.view_as(a)
 
-# %% ../../nbs/criteria/relevance.ipynb #c027
+# %% ../../nbs/criteria/relevance.ipynb #c030
 def _grouped(op:Op, x:Tensor, args:Sequence) -> tuple[Tensor, Tensor|None, Tensor|None, float]:
     "What is normalised together in the last dimension (N,groups,...), scale and shift that broadcast to x, epsilon"
     filled = lambda *usual: [*args, *usual[len(args):]][:len(usual)]
@@ -354,7 +354,7 @@ def _batch_normed(spot:Spot, call:Callable, x:Tensor, *args) -> Tensor:
     b = (0 if shift is None else shift) - mean*w
     return _splits(spot, Layer(lambda a, *_: a*row(w) + row(b), None, row(b)), x)
 
-# %% ../../nbs/criteria/relevance.ipynb #c028
+# %% ../../nbs/criteria/relevance.ipynb #c032
 def _lrp(names:str, back:Callable|None=None, place:str='') -> None:
     "Enter a rule in the rows of these operations"
     for n in names.split(): OPS[n] = replace(OPS.get(n, Row()), lrp=LrpRule(back, place))
@@ -375,7 +375,7 @@ _lrp('eq ne gt lt ge le logical_not logical_and bitwise_not zeros_like ones_like
 _lrp('clone contiguous alias to _to_copy type_as lift_fresh_copy dropout feature_dropout expand expand_as')
 _lrp(' '.join(n for n, r in OPS.items() if r.kind in ('joins', 'takes', 'spreads', 'permutes', 'pads')))
 
-# %% ../../nbs/criteria/relevance.ipynb #c030
+# %% ../../nbs/criteria/relevance.ipynb #c034
 def no_rule(method:str, op:Op, why:str='') -> ValueError:
     return ValueError(f"{method} has no rule for '{op.name}' ({op.op}{why}) of {op.where()}")
 
@@ -393,7 +393,7 @@ def _lrp_rule(op:Op, live:set[str]) -> LrpRule:
     if found.back and odd: raise no_rule('LRP', op, ' with what the image decides in another place than usual')
     return found
 
-# %% ../../nbs/criteria/relevance.ipynb #c032
+# %% ../../nbs/criteria/relevance.ipynb #c036
 def _of(kind): return lambda place: place.kind == kind
 def _first(place): return place.first and place.kind in ('conv', 'linear')
 def _lower(place): return place.kind == 'conv' and place.number < place.count/2
@@ -409,7 +409,7 @@ COMPOSITES = dict( # name: epsilon -> (which sums, by what rule), the first that
      'depth': lambda epsilon: [(_first, ZBox()), (_lower, Gamma(.25)), (_of('conv'), Epsilon(.25, relative=True)), (_of('linear'), Zero())]})
 LRP_RULES = {r.__name__: r for r in (Zero, Epsilon, Gamma, AlphaBeta, ZPlus, ZBox, Flat)}
 
-# %% ../../nbs/criteria/relevance.ipynb #c033
+# %% ../../nbs/criteria/relevance.ipynb #c037
 def _asked(composite, names:Sequence[str], epsilon:float) -> Callable[[Place], Rule|None]:
     "A composite in any form, as a function of a place"
     if isinstance(composite, str): composite = COMPOSITES[one_of(composite, COMPOSITES, 'composite')](epsilon)
@@ -445,7 +445,7 @@ def rules_of(
         rules[p.name] = _boxed(rule, p, box) if isinstance(rule, ZBox) else rule
     return rules
 
-# %% ../../nbs/criteria/relevance.ipynb #c034
+# %% ../../nbs/criteria/relevance.ipynb #c038
 def places_of(
     program:Program,
 ) -> dict[str, Place]: # by operation
@@ -463,7 +463,7 @@ def places_of(
     return {o: Place(name, kind, kinds[:i].count(kind), kinds.count(kind), begins)
             for i, (o, (name, kind, begins)) in enumerate(found.items())}
 
-# %% ../../nbs/criteria/relevance.ipynb #c035
+# %% ../../nbs/criteria/relevance.ipynb #c039
 def relevance_net(
     model:nn.Module, # in eval mode; unchanged
     x:Tensor|tuple=(3, 32, 32), # images, or the shape of one
@@ -483,7 +483,7 @@ def relevance_net(
     instead = {o.name: _if_asked(back, spot(o), row(o).run or o.call) for o, back in rules.items() if back}
     return replace(net, instead={**net.instead, **instead})
 
-# %% ../../nbs/criteria/relevance.ipynb #c036
+# %% ../../nbs/criteria/relevance.ipynb #c040
 def _spots(net:Program, live:set[str], places:Mapping[str, tuple[Place, Rule]], spreads:bool, tell:Callable|None) -> Callable[[Op], Spot]:
     "What is known of each operation"
     negative, users = may_be_negative(net.graph), {}
@@ -504,7 +504,7 @@ def _if_asked(back:Callable, spot:Spot, call:Callable) -> Callable:
         return back(spot, call, *args, **named) if asked else call(*args, **named)
     return do
 
-# %% ../../nbs/criteria/relevance.ipynb #c038
+# %% ../../nbs/criteria/relevance.ipynb #c042
 def loss_slope(
     start:Tensor, # (N,classes) logits
     end:Tensor, # (N,classes)
@@ -524,7 +524,7 @@ def relevance_start(
     if target == 'loss': return lambda logits, k: logits*loss_slope(torch.zeros_like(logits), logits, k)
     return lambda logits, k: logits*F.one_hot(k, logits.shape[1])
 
-# %% ../../nbs/criteria/relevance.ipynb #c039
+# %% ../../nbs/criteria/relevance.ipynb #c043
 def _box(x:Tensor) -> tuple[Tensor, Tensor]: return x.amin((0, 2, 3), keepdim=True), x.amax((0, 2, 3), keepdim=True)
 
 def with_pixels(
@@ -557,7 +557,7 @@ def lrp_maps(
 
 lrp = scored(lrp_maps, "How much of the logit is relevant about each filter")
 
-# %% ../../nbs/criteria/relevance.ipynb #c049
+# %% ../../nbs/criteria/relevance.ipynb #c053
 def conservation(
     model:nn.Module, # in eval mode; left as it was
     x:Tensor, # (N,C,H,W) normalised images
@@ -593,7 +593,7 @@ def _accounts(names:Sequence[str], told:Mapping, total:Tensor, passed:set[str]) 
         behind = behind + bias + other
     return pd.DataFrame(entries[::-1]).set_index('layer')
 
-# %% ../../nbs/criteria/relevance.ipynb #c064
+# %% ../../nbs/criteria/relevance.ipynb #c068
 class Compared(NamedTuple):
     "An operation, and what the reference, which the network saw before, put in and out there"
     op:Op
@@ -627,7 +627,7 @@ def secant(
         return (of_m*torch.where(step.abs() > tiny, (of_y - y0.unsqueeze(1))/step, slope)).flatten(0, 1),
     return OwnBackward.apply(back, y, z)
 
-# %% ../../nbs/criteria/relevance.ipynb #c067
+# %% ../../nbs/criteria/relevance.ipynb #c071
 def product(
     call:Callable[[Tensor, Tensor], Tensor], # linear in each
     a:Tensor, a0:Tensor, # alike: the image's, the reference's
@@ -649,7 +649,7 @@ def quotient(
     r = OwnBackward.apply(lambda m: (-m/(b.detach()*b0),), 1/b.detach(), b)
     return product(torch.mul, a, a0, r, 1/b0)
 
-# %% ../../nbs/criteria/relevance.ipynb #c069
+# %% ../../nbs/criteria/relevance.ipynb #c073
 def _by_secant(c:Compared, call:Callable, z:Tensor, *more, **named) -> Tensor:
     return secant(lambda v: call(v, *more, **named), z, c.args[0], _tiny(c.op, z.dtype))
 
@@ -672,7 +672,7 @@ def _by_parts(c:Compared, call:Callable, x:Tensor, *args) -> Tensor:
     y = product(torch.mul, d, c.over(d0, d), r, c.over(root(squares0), r)).reshape(x.shape)
     return (y if w is None else y*w) + (0 if b is None else b)
 
-# %% ../../nbs/criteria/relevance.ipynb #c071
+# %% ../../nbs/criteria/relevance.ipynb #c075
 def _largest(op:Op, call:Callable, z:Tensor, args:Sequence) -> tuple[Tensor, Tensor, Callable[[Tensor, Tensor], Tensor]]:
     "The maximum, where it is, and how to put values at such places into zeros like z"
     if op.op != 'amax':
@@ -699,7 +699,7 @@ def _by_largest(c:Compared, call:Callable, z:Tensor, *args):
     out = OwnBackward.apply(back, y, z)
     return (out, which) if c.op.op.startswith('adaptive') else out
 
-# %% ../../nbs/criteria/relevance.ipynb #c072
+# %% ../../nbs/criteria/relevance.ipynb #c076
 def _linear(c:Compared, call:Callable, *args): "It has the same slope everywhere"
 
 def _rescale(names:str, rule:Callable) -> None:
@@ -718,7 +718,7 @@ _rescale('layer_norm group_norm instance_norm', _by_parts)
 _rescale('max_pool2d adaptive_max_pool2d amax', _by_largest)
 _rescale('detach', _through)
 
-# %% ../../nbs/criteria/relevance.ipynb #c073
+# %% ../../nbs/criteria/relevance.ipynb #c077
 def _deeplift_rule(op:Op, live:set[str]) -> Callable: # `_linear` for one that needs none
     "Of one operation, by what it gets (`ValueError` if there is none)"
     found, at = row(op).deeplift, _live_arguments(op, live)
@@ -759,7 +759,7 @@ class Multipliers:
             instead[name] = functools.partial(rule, *plain)
         return replace(self.net, instead={**self.net.instead, **instead})
 
-# %% ../../nbs/criteria/relevance.ipynb #c074
+# %% ../../nbs/criteria/relevance.ipynb #c078
 def _contributions(
     of:Multipliers,
     x:Tensor, # (r*n,C,H,W) n images for each of r references
@@ -798,7 +798,7 @@ def deeplift_maps(
 
 deeplift = scored(deeplift_maps, "How much of the logit's change from the baseline each filter makes, by the secants of what lies behind it")
 
-# %% ../../nbs/criteria/relevance.ipynb #c084
+# %% ../../nbs/criteria/relevance.ipynb #c088
 def deeplift_shap_maps(
     model:nn.Module, # in eval mode; left as it was
     x:Tensor, # (N,C,H,W) normalised images

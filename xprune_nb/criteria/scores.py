@@ -23,7 +23,7 @@ from .attribution import (Program, conductance, conductance_maps, folded, gradie
 from .relevance import (KINKED, SMOOTH, deeplift, deeplift_maps, deeplift_shap, deeplift_shap_maps,
                                           lrp, lrp_maps)
 from ..core import one_of
-from ..graph import Ref, read, unwrapped, weights_of
+from ..graph import Ref, read, recall, unwrapped, weights_of
 from ..model import convs
 
 # %% ../../nbs/criteria/scores.ipynb #c007
@@ -66,12 +66,12 @@ def geometric_median(
 # %% ../../nbs/criteria/scores.ipynb #c011
 def bn_scale(
     model:nn.Module,
-    x:Tensor|None=None, # only its shape is looked at; None: images of 32x32
+    x:Tensor|None=None, # only its shape is looked at; None: any that the network takes
     y:Tensor|None=None, # not looked at
 ) -> dict[str, Tensor]: # conv name -> (O,) >= 0
     "Size of the scale that a filter's batch norm gives it (`ValueError` for convolutions without one)"
     layers = convs(model := unwrapped(model))
-    graph = read(model, (next(iter(layers.values())).in_channels, 32, 32) if x is None else x)
+    graph = recall(model) if x is None else read(model, x)
     held, found = weights_of(graph, model), {}
     for conv, norm in norms_of(graph).items():
         scale = graph[norm].args[1]
