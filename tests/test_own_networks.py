@@ -7,7 +7,8 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 from torch.testing import assert_close
 
-from networks import close, images, restless, whole
+from networks import close, images, restless
+from test_graph import drawn
 from xprune_nb.criteria.attribution import completeness
 from xprune_nb.criteria import ATTRIBUTIONS, CRITERIA, ablation, attributions, score
 from xprune_nb.model import convs
@@ -264,6 +265,23 @@ def test_single_and_double_precision_agree(name):
     for c in ATTRIBUTIONS:
         wide, single = score(c, net.double(), x, y), score(c, net.float(), x.float(), y)
         for n, s in wide.items(): assert (s - single[n]).abs().max() <= 1e-3*s.abs().max(), (c, n)
+
+# --- random programs ---
+
+@pytest.mark.parametrize('seed', range(16))
+def test_random_programs(seed):
+    "Out of the table's operations, in place or not: gradients are autograd's, relevance is conserved, contributions are complete"
+    net, (x, y) = drawn(seed), images(3, 8)
+    try: theirs = added({n: [a*g for a, g in runs] for n, runs in passes(net, x, y).items()})
+    except RuntimeError: theirs = {}  # what it overwrites is needed on the way back: it has no gradient of its own
+    ours = attributions('gradient_activation', net, x, y)
+    for n, g in theirs.items():
+        if n in ours: assert (ours[n] - g).abs().max() <= 1e-9*g.abs().max(), n
+        else: assert not g.any(), n  # it does not reach the output, and is no operation of the graph
+    kept = conservation(net, x, y)
+    assert not kept.gap.max() > 1e-9*max(1, kept.relevance.abs().max())
+    whole_way = completeness(net, x, y, method=deeplift_maps, baseline=images(3, 8)[0])
+    assert not whole_way.gap.max() > 1e-9*max(1, whole_way.change.abs().max())
 
 # --- what cannot be explained ---
 
