@@ -837,6 +837,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/xprune_nb', 'doc_host': ''
                                                                                          'xprune_nb/experiments/warm.py'),
                                             'xprune_nb.experiments.warm._in_child': ( 'experiments/warm.html#_in_child',
                                                                                       'xprune_nb/experiments/warm.py'),
+                                            'xprune_nb.experiments.warm._judge': ( 'experiments/warm.html#_judge',
+                                                                                   'xprune_nb/experiments/warm.py'),
                                             'xprune_nb.experiments.warm._line': ( 'experiments/warm.html#_line',
                                                                                   'xprune_nb/experiments/warm.py'),
                                             'xprune_nb.experiments.warm._signal': ( 'experiments/warm.html#_signal',

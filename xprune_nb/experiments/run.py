@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RETRAINS', 'CONTROLS', 'LATER', 'NAMED', 'LEAST', 'MOST', 'USUAL', 'CALIBRATION', 'TIMED', 'Run', 'asked', 'grid',
            'stream', 'shuffled', 'options', 'planning', 'scoring_macs', 'images_met', 'Step', 'no_cache', 'digest',
-           'digest_of', 'processor', 'steady', 'Protocol', 'prune_steps', 'copy_of', 'carry', 'pack', 'unpack',
-           'predictions', 'versions', 'row']
+           'digest_of', 'versions', 'processor', 'steady', 'Protocol', 'prune_steps', 'copy_of', 'carry', 'pack',
+           'unpack', 'predictions', 'row']
 
 # %% ../../nbs/experiments/run.ipynb #c002
 import base64, contextlib, copy, functools, hashlib, importlib.metadata, itertools, json, math, numbers, os, platform
@@ -223,6 +223,7 @@ class _Flops(TorchDispatchMode):
         if count: self.total += count(*args, **(kwargs or {}), out_val=out)
         return out
 
+# %% ../../nbs/experiments/run.ipynb #c027
 def options(run:Run) -> dict: # of `score`, which gives each criterion those that it knows
     "What a run tells its criterion"
     return dict(steps=run.path_steps, baseline=run.baseline_input, target=run.target, aggregate=run.aggregate,
@@ -234,6 +235,7 @@ def planning(run:Run) -> dict: # of `plan`
     return dict(scope=run.scope, coupling=run.coupling, reduce=run.reduce, normalise=run.normalise, floor=run.floor,
                 protect=protect, round_to=run.round_to)
 
+# %% ../../nbs/experiments/run.ipynb #c029
 def scoring_macs(
     run:Run,
     net:nn.Module, # in eval mode; left as it was
@@ -259,7 +261,7 @@ def images_met(
     n = len(data.train.y)
     return recipe.epochs*(n - (n % recipe.batch_size == 1 < n))
 
-# %% ../../nbs/experiments/run.ipynb #c027
+# %% ../../nbs/experiments/run.ipynb #c031
 CALIBRATION = 2_048 # training images that batch normalisation is measured on
 TIMED = 128 # images a pass, for the latency
 
@@ -277,7 +279,7 @@ class Step:
     groups:list[tuple[str, ...]] # of the network
     nets:dict[str, nn.Module] = field(default_factory=dict) # copies of what is left: pruned, recalibrated
 
-# %% ../../nbs/experiments/run.ipynb #c029
+# %% ../../nbs/experiments/run.ipynb #c033
 def no_cache(name:str, about:Mapping, make:Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     "Work it out each time"
     return make()
@@ -298,6 +300,14 @@ def digest_of(images:Images, data:Data) -> str: # a split, and the set that it i
     if not isinstance(images.x, Tensor): return f'{data.name} ({len(images.y)})'
     return digest(dict(x=images.x, y=images.y, mean=data.mean, std=data.std))
 
+def versions() -> dict[str, str]:
+    "Versions of what computes the numbers"
+    found = dict(xprune_nb=__version__)
+    for p in ('torch', 'torchvision', 'torch-pruning', 'numpy'):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[p] = importlib.metadata.version(p)
+    return found
+
 @functools.cache
 def processor(
     device:str='cpu', # or 'cuda'
@@ -311,7 +321,7 @@ def processor(
     kind = '.'.join(said[k] for k in ('cpu family', 'model', 'stepping') if k in said)
     return ' '.join(o for o in (name, kind, torch.backends.cpu.get_cpu_capability()) if o)
 
-# %% ../../nbs/experiments/run.ipynb #c031
+# %% ../../nbs/experiments/run.ipynb #c035
 def steady(
     threads:int=1, # of torch
 ) -> None:
@@ -319,6 +329,7 @@ def steady(
     torch.set_num_threads(threads)
     torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True
 
+# %% ../../nbs/experiments/run.ipynb #c037
 class Protocol:
     "The moves that a run is made of, and what they share: the images explained, the groups, the plan so far"
     def __init__(self,
@@ -393,7 +404,7 @@ class Protocol:
     def recalibration(self) -> int: # multiply-accumulates, of the whole network
         return self.forward(self.net)*min(CALIBRATION, len(self.data.train.y))
 
-# %% ../../nbs/experiments/run.ipynb #c033
+# %% ../../nbs/experiments/run.ipynb #c041
 def prune_steps(
     run:Run,
     net:nn.Module, # the baseline's network; changed in place: silenced, and given what was learnt
@@ -455,7 +466,7 @@ def _retrain(protocol:Protocol, live:Live, i:int, tell:Callable, progress:bool) 
     if i == n: history.frame['test_accuracy'] = tested
     return history
 
-# %% ../../nbs/experiments/run.ipynb #c035
+# %% ../../nbs/experiments/run.ipynb #c043
 def carry(
     opt:torch.optim.SGD, # of what was left so far
     old:nn.Module, # what was left so far
@@ -474,7 +485,7 @@ def carry(
         new.state[p]['momentum_buffer'] = momentum[n][live.index.get(n, (...,))].clone()
     return new
 
-# %% ../../nbs/experiments/run.ipynb #c036
+# %% ../../nbs/experiments/run.ipynb #c044
 class _Growth:
     "A plan that grows while its network learns: what `fit` calls at the end of each stretch"
     def __init__(self, protocol:Protocol, ends:Sequence[int], tell:Callable):
@@ -505,7 +516,7 @@ class _Growth:
         self.begun = time.perf_counter()
         return live.net, carry(opt, model, old.index if old else {}, live, protocol.net), live.hush
 
-# %% ../../nbs/experiments/run.ipynb #c037
+# %% ../../nbs/experiments/run.ipynb #c045
 def _gradual(protocol:Protocol, tell:Callable, progress:bool) -> Iterator[Step]:
     "One training, in which the plan grows at the end of each of its stretches"
     run, net, data, n = protocol.run, protocol.net, protocol.data, len(protocol.goals)
@@ -531,7 +542,7 @@ def _gradual(protocol:Protocol, tell:Callable, progress:bool) -> Iterator[Step]:
     last.accuracy |= dict(recalibrated=found, retrained=found)
     yield from growth.steps
 
-# %% ../../nbs/experiments/run.ipynb #c039
+# %% ../../nbs/experiments/run.ipynb #c047
 def pack(
     values:Tensor, # (N,) whole numbers from 0 to 255, or bool
 ) -> str:
@@ -561,15 +572,7 @@ def predictions(
     sure, classes = (torch.cat(t).cpu() for t in zip(*found))
     return classes, (sure*255).round().to(torch.uint8)
 
-# %% ../../nbs/experiments/run.ipynb #c041
-def versions() -> dict[str, str]:
-    "Versions of what computes the numbers"
-    found = dict(xprune_nb=__version__)
-    for p in ('torch', 'torchvision', 'torch-pruning', 'numpy'):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[p] = importlib.metadata.version(p)
-    return found
-
+# %% ../../nbs/experiments/run.ipynb #c049
 def _milliseconds(net:nn.Module, shape:Sequence[int], device:torch.device) -> float:
     "Median of ten passes"
     times, = latencies((net,), shape, TIMED, device.type, repeats=10, warmup=2)

@@ -100,6 +100,7 @@ def run_of(
         raise ValueError(f"it does not say '{missing[0]}'")
     return Run(**old, **{f.name: r[f.name] for f in fields(Run) if f.name in r})
 
+# %% ../../nbs/experiments/store.ipynb #c015
 def _read_json(path:Path) -> dict:
     "What a row's file says (`ValueError` if that is no row)"
     try: r = json.loads(path.read_text())
@@ -124,6 +125,7 @@ def _check_row(path:Path, r:Mapping) -> None:
     for k, v in accuracies.items():
         if not isinstance(v, float) or not 0 <= v <= 1: raise ValueError(f'its {k} is {v!r}, expected a share in [0, 1]')
 
+# %% ../../nbs/experiments/store.ipynb #c017
 def _check_page(page:Path, r:Mapping) -> None:
     "`ValueError` unless the page beside a done row is the one that was written with it"
     import nbformat
@@ -150,6 +152,7 @@ def read_row(
     except (ValueError, OSError) as e:
         if say: warnings.warn(f'{path.name} is no whole row: {e}. It counts as not there, and is made again', stacklevel=2)
 
+# %% ../../nbs/experiments/store.ipynb #c019
 def rows(
     store:str|Path, # the folder that `execute` was given
     runs:Iterable[Run]|None=None, # these only, in this order; None: all that are there
@@ -161,7 +164,7 @@ def rows(
     was = {k: USUAL[k] for k in LATER} # of rows that were written before there was a choice
     return pd.DataFrame([was | r for p in paths if (r := read_row(p))])
 
-# %% ../../nbs/experiments/store.ipynb #c016
+# %% ../../nbs/experiments/store.ipynb #c023
 def _aside(path:Path) -> None:
     "Make room where a folder lies in the place of a file; nothing is deleted"
     if path.is_dir(): path.rename(path.with_name(f'{path.name}.aside-{time.time_ns()}'))
@@ -178,6 +181,7 @@ def alive(
     with contextlib.suppress(OSError): return '\nState:\tZ' not in Path(f"/proc/{study['pid']}/status").read_text()
     return True
 
+# %% ../../nbs/experiments/store.ipynb #c026
 class _Mine(threading.local): # a server of warm runs a thread
     def __reduce__(self): return _Mine, () # each process has its own
 
@@ -192,6 +196,7 @@ def _stop_servers() -> None:
     "End the servers of this process"
     for s in _servers: s.stop()
 
+# %% ../../nbs/experiments/store.ipynb #c029
 def _engine() -> str: # its name
     "papermill's own engine, but for an environment that is the kernel's alone, and a folder that is not the process's"
     from papermill.clientwrap import PapermillNotebookClient
@@ -224,7 +229,7 @@ def _fresh(notebook:Path, out:Path, parameters:Mapping, env:Mapping[str, str]) -
                 stillborn = not isinstance(e, PapermillExecutionError) and 'Kernel died before replying' in str(e)
                 if not stillborn or again == 2: raise
 
-# %% ../../nbs/experiments/store.ipynb #c017
+# %% ../../nbs/experiments/store.ipynb #c030
 def carry_out(
     run:Run,
     out:Path, # the executed notebook
@@ -245,6 +250,7 @@ def carry_out(
     nbformat.write(page, out)
     return row_of(page)
 
+# %% ../../nbs/experiments/store.ipynb #c032
 def _attempt(run:Run, out:Path, work:Path, wanted:Callable[[], bool], fresh:bool) -> dict:
     "The row of a run, or one that says why there is none. A run that was killed is tried once more"
     failed = lambda why: dict(asdict(run), run_id=run.id, status='failed', error=why)
@@ -262,6 +268,7 @@ def _of_the_store(e:OSError, run:Run) -> OSError: # a run's own errors come as p
     return OSError(e.errno, f'{run.id}.ipynb could not be written ({e.strerror}). '
                    'Free some space, and run again: what is done is kept')
 
+# %% ../../nbs/experiments/store.ipynb #c035
 def _leftovers(store:Path, name:str) -> list[Path]:
     "What a killed process has left of a run: an unfinished page, a file half written"
     work = store/HIDDEN
@@ -298,7 +305,7 @@ def execute_one(
         finally:
             for p in (part, work/f'{run.id}.progress'): p.unlink(missing_ok=True)
 
-# %% ../../nbs/experiments/store.ipynb #c019
+# %% ../../nbs/experiments/store.ipynb #c037
 def _end_with(study:Mapping) -> None:
     "In a worker of a pool of processes: end when the study has ended"
     import multiprocessing
@@ -310,7 +317,7 @@ def _end_with(study:Mapping) -> None:
     _end_with.watch = threading.Thread(target=watch, daemon=True)
     _end_with.watch.start()
 
-# %% ../../nbs/experiments/store.ipynb #c021
+# %% ../../nbs/experiments/store.ipynb #c039
 CLUSTERS = 'dask', 'ray' # backends that have an address
 BACKENDS = 'loky', 'threading', 'sequential', *CLUSTERS
 LOST = {'TerminatedWorkerError', 'BrokenProcessPool', 'KilledWorker', 'RayError'} # errors of a pool whose worker was killed
@@ -332,6 +339,7 @@ def _checked(runs:Iterable[Run], n_jobs:int|None, backend:str, address:str|None,
         raise ValueError(f"address is {address!r} and backend is '{backend}', expected one of a cluster: {', '.join(CLUSTERS)}")
     return list(dict.fromkeys(runs))
 
+# %% ../../nbs/experiments/store.ipynb #c042
 def _folder(store:str|Path) -> Path:
     "The store's folder, made if need be (`ValueError` for no name, `OSError` if it can't be one)"
     if not isinstance(store, (str, os.PathLike)): raise TypeError(f'store is {store!r}, expected the name of a folder')
@@ -364,6 +372,7 @@ def _backend(backend:str, n_jobs:int, address:str|None, study:Mapping) -> Iterat
         stack.enter_context(joblib.parallel_config(backend=backend, n_jobs=n_jobs, **first))
         yield joblib.Parallel
 
+# %% ../../nbs/experiments/store.ipynb #c045
 def _pool_is_up() -> bool:
     "Whether this process has a pool of loky's that works"
     from joblib.externals.loky import reusable_executor
@@ -389,7 +398,7 @@ def _pass(left:list[Run], store:Path, parallel:Callable, study:Mapping, fresh:bo
         return False
     return True
 
-# %% ../../nbs/experiments/store.ipynb #c022
+# %% ../../nbs/experiments/store.ipynb #c046
 def execute(
     runs:Iterable[Run],
     store:str|Path, # a folder, made if need be
@@ -436,7 +445,7 @@ def execute(
     found = {r['run_id']: r for r in there.values()} | {r['run_id']: r for r in rows(store, runs).to_dict('records')}
     return pd.DataFrame([found[r.id] for r in runs])
 
-# %% ../../nbs/experiments/store.ipynb #c029
+# %% ../../nbs/experiments/store.ipynb #c053
 def last_study(
     store:str|Path,
 ) -> dict: # runs, known (ids of rows from elsewhere), host, pid, backend, n_jobs, begin
@@ -465,6 +474,7 @@ def status(
         lines.append(dict(run_id=run.id, state=state, error=r['error'] if r else '', doing=Watch.words(doing), seconds=seconds))
     return pd.DataFrame(lines)
 
+# %% ../../nbs/experiments/store.ipynb #c055
 TABLES = '.csv', '.parquet'
 NO_PARQUET = "Parquet needs pyarrow: pip install 'xprune_nb[parquet]', or name a .csv"
 
@@ -509,6 +519,7 @@ def read_table(
         found.append(r)
     return pd.DataFrame(found)
 
+# %% ../../nbs/experiments/store.ipynb #c058
 def clean(
     store:str|Path,
     dry:bool=True, # only say what would go

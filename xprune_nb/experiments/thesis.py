@@ -20,7 +20,8 @@ from xprune_nb.results import (
 
 # %% ../../nbs/experiments/thesis.ipynb #c005
 THESIS = dict(
-    dense=0.7539, source='E. M. C. Freitas, Poda estruturada de redes neurais profundas, undergraduate thesis, UFCG, 2023')
+    dense=0.7539,
+    source='E. M. C. Freitas, Poda estruturada de redes neurais profundas, undergraduate thesis, UFCG, 2023')
 
 def thesis() -> pd.DataFrame: # schedule, criterion, ratio, accuracy_mean, accuracy_std, n, source
     "The thesis' 40 entries: test accuracy after retraining"
@@ -29,7 +30,8 @@ def thesis() -> pd.DataFrame: # schedule, criterion, ratio, accuracy_mean, accur
 # %% ../../nbs/experiments/thesis.ipynb #c010
 def _as_summary(schedule:str) -> pd.DataFrame:
     "One of its tables as `summary` gives ours"
-    return of_schedule(thesis(), schedule).rename(columns=dict(accuracy_mean='mean', accuracy_std='sd'))
+    names = dict(accuracy_mean='mean', accuracy_std='sd')
+    return of_schedule(thesis(), schedule).rename(columns=names)
 
 def thesis_table(
     schedule:str='oneshot',
@@ -42,15 +44,16 @@ def thesis_chart(
 ) -> alt.LayerChart:
     "The thesis' own figure, drawn like `results.chart`: put them side by side with `|`"
     s, levels = _as_summary(schedule), {'dense network': THESIS['dense'], 'chance': 0.1}
-    subtitle = ['cifar10; length of retraining not said', 'each point the mean of 3 runs; bars: ± 1 standard deviation']
-    title = alt.TitleParams(f'Thesis, {schedule}', subtitle=subtitle)
-    return panel(s, LABELS['accuracy'], levels, top_of([s], levels), width=400, height=320, title=title)
+    subtitle = ['cifar10; length of retraining not said',
+                'each point the mean of 3 runs; bars: ± 1 standard deviation']
+    title, top = alt.TitleParams(f'Thesis, {schedule}', subtitle=subtitle), top_of([s], levels)
+    return panel(s, LABELS['accuracy'], levels, top, width=400, height=320, title=title)
 
 # %% ../../nbs/experiments/thesis.ipynb #c014
 def holm(
     p:Sequence[float], # of tests; NaN where there was none
 ) -> np.ndarray: # adjusted, in the same order
-    "p-values for many tests at once (Holm 1979): each as large as the level at which it would still count"
+    "p-values for many tests at once (Holm 1979): the levels at which each would still count"
     p = np.asarray(p, float)
     order = np.argsort(p)[:np.isfinite(p).sum()] # NaN comes last
     raised = p[order]*np.arange(len(order), 0, -1)
@@ -72,11 +75,13 @@ def entries(
     both = ours.merge(theirs, on=list(BY))
     if not len(both):
         there = ', '.join(theirs.criterion.unique())
-        raise ValueError(f'none of these entries is in the thesis, which has ratios 0.5 to 0.9 of {there}')
+        raise ValueError('none of these entries is in the thesis, '
+                         f'which has ratios 0.5 to 0.9 of {there}')
     two = [both[c].to_numpy(float) for c in ('ours', 'sd', 'n', 'thesis', 'thesis_sd', 'thesis_n')]
     with np.errstate(divide='ignore', invalid='ignore'): # two spreads of nought
         p = stats.ttest_ind_from_stats(*two, equal_var=False).pvalue
-    both = both.assign(difference=both.ours - both.thesis, p=np.where(both.n > 1, p, np.nan), p_holm=lambda d: holm(d.p))
+    both['difference'], both['p'] = both.ours - both.thesis, np.where(both.n > 1, p, np.nan)
+    both['p_holm'] = holm(both.p)
     return both.assign(lost=both.dense - both.ours, thesis_lost=THESIS['dense'] - both.thesis)
 
 def missing_entries(
@@ -86,7 +91,8 @@ def missing_entries(
     "What the rows do not have yet"
     done = rows[rows.status == 'done'].assign(ratio=lambda d: d.ratio.round(6))
     n = done.groupby(list(BY)).size().rename('n')
-    there = thesis()[list(BY)].merge(n.reset_index(), how='left', on=list(BY)).fillna(dict(n=0)).astype(dict(n=int))
+    there = thesis()[list(BY)].merge(n.reset_index(), how='left', on=list(BY))
+    there['n'] = there.n.fillna(0).astype(int)
     return there[there.n < runs].reset_index(drop=True)
 
 # %% ../../nbs/experiments/thesis.ipynb #c023
@@ -96,8 +102,10 @@ def _agrees(g:pd.DataFrame, **which) -> dict:
     pair = g.ours.round(6), g.thesis
     ranked = min(map(pd.Series.nunique, pair)) > 1 # else there is no order to agree on
     rho, tau = (f(*pair).statistic if ranked else np.nan for f in (stats.spearmanr, stats.kendalltau))
-    best = lambda c: '' if which['ratio'] == 'all' else '/'.join(g.criterion[g[c] == g[c].max()]) # with ties
-    return which | dict(entries=len(g), spearman=rho, kendall=tau, off=g.difference.abs().mean(), best=best('ours'), thesis_best=best('thesis'))
+    most = lambda c: '/'.join(g.criterion[g[c] == g[c].max()]) # with ties
+    best = lambda c: '' if which['ratio'] == 'all' else most(c)
+    return which | dict(entries=len(g), spearman=rho, kendall=tau, off=g.difference.abs().mean(),
+                        best=best('ours'), thesis_best=best('thesis'))
 
 def rank_agreement(
     rows:pd.DataFrame,
@@ -105,13 +113,16 @@ def rank_agreement(
     "Rank correlation with the thesis: over entries (schedule or ratio 'all'), and within each ratio"
     v = entries(rows)
     by_schedule = [_agrees(g, schedule=s, ratio='all') for s, g in v.groupby('schedule', sort=False)]
-    by_ratio = [_agrees(g, schedule=s, ratio=r) for (s, r), g in v.groupby(['schedule', 'ratio'], sort=False)]
+    by_ratio = [_agrees(g, schedule=s, ratio=r)
+                for (s, r), g in v.groupby(['schedule', 'ratio'], sort=False)]
     return pd.DataFrame([_agrees(v, schedule='all', ratio='all'), *by_schedule, *by_ratio])
 
 # %% ../../nbs/experiments/thesis.ipynb #c028
 def _sides(v:pd.DataFrame) -> pd.DataFrame: # a line an entry of either study
     "Entries of both studies below one another, each a little to its side"
-    side = lambda of, sd, aside: v[[*BY, of, sd]].set_axis([*BY, 'mean', 'sd'], axis=1).assign(of=of, at=v.ratio + aside)
+    def side(of, sd, aside):
+        one = v[[*BY, of, sd]].set_axis([*BY, 'mean', 'sd'], axis=1)
+        return one.assign(of=of, at=v.ratio + aside)
     return pd.concat([side('ours', 'sd', -.006), side('thesis', 'thesis_sd', .006)], ignore_index=True)
 
 def _pair(g:pd.DataFrame, x:alt.X, y:alt.Y, looks:dict) -> alt.LayerChart:
@@ -120,11 +131,14 @@ def _pair(g:pd.DataFrame, x:alt.X, y:alt.Y, looks:dict) -> alt.LayerChart:
                           scale=alt.Scale(domain=['ours', 'thesis'], range=[[1, 0], [5, 4]]))
     tips = ['criterion', 'of', 'ratio', *(alt.Tooltip(c, format='.3f') for c in ('mean', 'sd'))]
     draw = lambda some: alt.Chart(some).encode(x, y, looks['color'])
-    dots = lambda of, **kw: draw(g[g.of == of]).mark_point(size=50, opacity=1, **kw).encode(looks['shape'], tooltip=tips)
+    def dots(of, **kw):
+        one = draw(g[g.of == of]).mark_point(size=50, opacity=1, **kw)
+        return one.encode(looks['shape'], tooltip=tips)
     bars = draw(g[g.sd.notna()]).mark_errorbar(ticks=True, opacity=0.7).encode(yError='sd:Q')
     lines = draw(g).mark_line(strokeWidth=2).encode(dash)
     title = panel_title(f'{g.criterion.iloc[0]}, {g.schedule.iloc[0]}')
-    return alt.layer(bars, lines, dots('thesis', fill='white'), dots('ours', filled=True)).properties(width=150, height=150, title=title)
+    both = alt.layer(bars, lines, dots('thesis', fill='white'), dots('ours', filled=True))
+    return both.properties(width=150, height=150, title=title)
 
 def entries_chart(
     rows:pd.DataFrame,
@@ -132,15 +146,20 @@ def entries_chart(
     "Our entries (solid) and the thesis' (dashed, hollow) against the ratio"
     v = entries(rows)
     both = _sides(v)
-    ratios, names, top = sorted(both.ratio.unique()), list(dict.fromkeys(both.criterion)), top_of([both])
+    ratios, names = sorted(both.ratio.unique()), list(dict.fromkeys(both.criterion))
+    domain = [0, top_of([both])]
     x = alt.X('at:Q', title='ratio', axis=alt.Axis(values=ratios, format='~g', grid=False),
               scale=alt.Scale(domain=[ratios[0]-.04, ratios[-1]+.04], nice=False, zero=False))
-    y = lambda first: alt.Y('mean:Q', title='test accuracy' if first else None, scale=alt.Scale(domain=[0, top], nice=False))
-    looks, parts = {k: e.legend(None) for k, e in encodings(names).items()}, dict([*both.groupby(['schedule', 'criterion'])])
+    y = lambda first: alt.Y('mean:Q', title='test accuracy' if first else None,
+                            scale=alt.Scale(domain=domain, nice=False))
+    looks = {k: e.legend(None) for k, e in encodings(names).items()}
+    parts = dict([*both.groupby(['schedule', 'criterion'])])
     lines = [[parts[s, c] for c in names if (s, c) in parts] for s in dict.fromkeys(both.schedule)]
-    grid = [alt.hconcat(*(_pair(g, x, y(not i), looks) for i, g in enumerate(line))) for line in lines]
+    grid = [alt.hconcat(*(_pair(g, x, y(not i), looks) for i, g in enumerate(line)))
+            for line in lines]
     own = f"its own baseline ({THESIS['dense']:.3f}; ours {v.dense.mean():.3f}) and retraining"
-    subtitle = [*subtitle_of(tidy(rows), v.n), f'thesis (dashed): mean of 3 runs ± 1 standard deviation; {own}']
+    theirs = f'thesis (dashed): mean of 3 runs ± 1 standard deviation; {own}'
+    subtitle = [*subtitle_of(tidy(rows), v.n), theirs]
     return alt.vconcat(*grid, title=alt.TitleParams('Beside the thesis', subtitle=subtitle, offset=14))
 
 # %% ../../nbs/experiments/thesis.ipynb #c031
@@ -152,12 +171,14 @@ def _won(wins:dict[tuple, bool], needs:str) -> str:
 
 def _best(s:pd.DataFrame, a:str='conductance') -> dict[tuple, bool]:
     "Where a criterion has the highest mean"
-    ranked = {k: g.set_index('criterion')['mean'] for k, g in s.groupby(['schedule', 'ratio'], sort=False)}
+    ranked = {k: g.set_index('criterion')['mean']
+              for k, g in s.groupby(['schedule', 'ratio'], sort=False)}
     return {k: bool((m[a] > m.drop(a)).all()) for k, m in ranked.items() if a in m and len(m) > 1}
 
 def _steadiest(s:pd.DataFrame, a:str='conductance') -> dict[tuple, bool]:
     "Where a criterion has the smallest standard deviation"
-    spreads = {k: g.set_index('criterion').sd for k, g in s.groupby(['schedule', 'ratio'], sort=False) if g.sd.notna().all()}
+    known = ((k, g) for k, g in s.groupby(['schedule', 'ratio'], sort=False) if g.sd.notna().all())
+    spreads = {k: g.set_index('criterion').sd for k, g in known}
     return {k: bool((d[a] < d.drop(a)).all()) for k, d in spreads.items() if a in d and len(d) > 1}
 
 def _apart(s:pd.DataFrame) -> str:
@@ -172,7 +193,8 @@ def _at_the_highest(s:pd.DataFrame) -> dict[str, str]: # claim -> what these row
     high, found = s[s.ratio == s.ratio.max()].set_index(['schedule', 'criterion'])['mean'], {}
     at, once = f'at {s.ratio.max():g}: ', high.get('oneshot', pd.Series(dtype=float))
     if {'oneshot', 'iterative'} <= set(high.index.get_level_values(0)):
-        gains = [f"{c} {high['iterative', c] - m:+.3f}" for c, m in once.items() if ('iterative', c) in high]
+        both = [c for c in once.index if ('iterative', c) in high]
+        gains = [f"{c} {high['iterative', c] - once[c]:+.3f}" for c in both]
         found['iterative beats one-shot at high ratios'] = at + (', '.join(gains) or 'no criterion has both')
     if low := [f'{c} {once[c]:.3f}' for c in ('magnitude', 'random') if c in once]:
         said = at + ', '.join(low) if s.ratio.max() >= 0.9 else 'cannot be said: needs ratio 0.9'
@@ -182,16 +204,20 @@ def _at_the_highest(s:pd.DataFrame) -> dict[str, str]: # claim -> what these row
 def _ahead(s:pd.DataFrame) -> str:
     "Magnitude less LRP, one-shot, at each ratio that has both"
     wide = s[s.schedule == 'oneshot'].pivot(index='ratio', columns='criterion', values='mean')
-    if not {'magnitude', 'lrp'} <= set(wide): return 'cannot be said: needs one-shot runs of magnitude and LRP'
-    return 'magnitude − LRP ' + ', '.join(f'{d:+.3f} at {r:g}' for r, d in (wide.magnitude - wide.lrp).dropna().items())
+    if not {'magnitude', 'lrp'} <= set(wide):
+        return 'cannot be said: needs one-shot runs of magnitude and LRP'
+    ahead = (wide.magnitude - wide.lrp).dropna()
+    return 'magnitude − LRP ' + ', '.join(f'{d:+.3f} at {r:g}' for r, d in ahead.items())
 
 def claims(
     rows:pd.DataFrame,
 ) -> pd.DataFrame: # claim, here
     "What these rows say to each of the thesis' conclusions, as counts"
     s = summary(rows)
-    found = {'conductance is the best criterion at every ratio': _won(_best(s), 'conductance and another criterion'),
-             'conductance has the smallest spread': _won(_steadiest(s), 'two seeds of conductance and of another criterion'),
+    best = _won(_best(s), 'conductance and another criterion')
+    steady = _won(_steadiest(s), 'two seeds of conductance and of another criterion')
+    found = {'conductance is the best criterion at every ratio': best,
+             'conductance has the smallest spread': steady,
              'at low ratios the criteria do about the same': _apart(s), **_at_the_highest(s),
              'magnitude is ahead of LRP up to 0.8 in one-shot, and behind at 0.9': _ahead(s)}
     return pd.DataFrame(found.items(), columns=['claim', 'here'])
@@ -213,9 +239,12 @@ def settings(
 ) -> pd.DataFrame: # setting, here, thesis
     "What was chosen, column by column, beside what the thesis says"
     rows = tidy(rows)
-    show = lambda v: ', '.join(map(str, sorted(v.dropna().unique(), key=lambda x: (str(type(x)), x)))) or '–'
+    def show(v):
+        seen = sorted(v.dropna().unique(), key=lambda x: (str(type(x)), x))
+        return ', '.join(map(str, seen)) or '–'
     there = [c for c in (*RUN, 'device') if c in rows]
-    return pd.DataFrame([dict(setting=c, here=show(rows[c]), thesis=SAID.get(c, '')) for c in there])
+    lines = [dict(setting=c, here=show(rows[c]), thesis=SAID.get(c, '')) for c in there]
+    return pd.DataFrame(lines)
 
 # %% ../../nbs/experiments/thesis.ipynb #c040
 def _count(n:int, what:str) -> str: return f"{n} {what}{'s' if n != 1 else ''}"
@@ -224,23 +253,30 @@ def _opening(rows:pd.DataFrame, done:pd.DataFrame, s:pd.DataFrame) -> str:
     "How many runs, of what, on what"
     failed = f", {_count(len(rows) - len(done), 'run')} not done" if len(rows) > len(done) else ''
     on = f", on {'/'.join(sorted(done.device.unique()))}" if 'device' in done else ''
-    dense = f'; before pruning {done.accuracy_dense.mean():.3f} (thesis {THESIS["dense"]:.3f})' if 'accuracy_dense' in done else ''
-    return f"{_count(len(done), 'run')}{failed}, {_count(done.seed.nunique(), 'seed')}{on}: {subtitle_of(done, s.n)[0]}{dense}"
+    dense = ''
+    if 'accuracy_dense' in done:
+        dense = f'; before pruning {done.accuracy_dense.mean():.3f} (thesis {THESIS["dense"]:.3f})'
+    many = f"{_count(len(done), 'run')}{failed}, {_count(done.seed.nunique(), 'seed')}{on}"
+    return f'{many}: {subtitle_of(done, s.n)[0]}{dense}'
 
 def _ranking(schedule:str, s:pd.DataFrame) -> str:
     "The best criterion at each ratio, and the next"
     words = []
     for r, g in s.groupby('ratio'):
-        first, *rest = g.sort_values('mean', ascending=False, kind='stable')[['criterion', 'mean']].itertuples(index=False)
-        words.append(f'{first[0]} {first[1]:.3f} at {r:g}' + (f' (next: {rest[0][0]} {rest[0][1]:.3f})' if rest else ''))
+        falling = g.sort_values('mean', ascending=False, kind='stable')
+        (best, mean), *rest = zip(falling.criterion, falling['mean'])
+        after = f' (next: {rest[0][0]} {rest[0][1]:.3f})' if rest else ''
+        words.append(f'{best} {mean:.3f} at {r:g}{after}')
     return f'{schedule}, best: ' + ', '.join(words)
 
 # %% ../../nbs/experiments/thesis.ipynb #c041
 def _one_seed(done:pd.DataFrame) -> str:
     "What one seed leaves open"
     images = SETS.get(done.data.iloc[0], (0, 0))[1]
-    blur = f'; {images:,} test images alone leave an accuracy of 0.5 uncertain by ±{1.96*(0.25/images)**.5:.3f}' if images else ''
-    return 'one seed: no interval, so small differences may be luck' + blur
+    said = 'one seed: no interval, so small differences may be luck'
+    if not images: return said
+    blur = 1.96*(0.25/images)**.5
+    return f'{said}; {images:,} test images alone leave an accuracy of 0.5 uncertain by ±{blur:.3f}'
 
 def _differences(done:pd.DataFrame) -> list[str]:
     "The first criterion less each other one, seed by seed"
@@ -259,7 +295,8 @@ def _beside_it(done:pd.DataFrame) -> str:
     "How near the thesis these rows are"
     try: a = rank_agreement(done)
     except ValueError as e: return f'thesis: {e}'
-    each, line = a[a.ratio != 'all'], f'thesis, entry by entry: {a.entries[0]} shared, on average {a.off[0]:.3f} apart'
+    each = a[a.ratio != 'all']
+    line = f'thesis, entry by entry: {a.entries[0]} shared, on average {a.off[0]:.3f} apart'
     if each.kendall.notna().any(): # else nothing was ranked
         within = f'{each.kendall.mean():.2f} (Kendall) between criteria within a ratio'
         line += f'; rank correlation {a.spearman[0]:.2f} over all entries, {within}'

@@ -27,6 +27,7 @@ def run_cells(
         if shell.exc: break
     rejoin_lines(manager.nb)
 
+# %% ../../nbs/experiments/warm.ipynb #c007
 def papermill_here(
     notebook:str|Path,
     out:str|Path, # where the executed notebook goes; also if it fails
@@ -45,7 +46,7 @@ def papermill_here(
                                       language='python', cwd=Path(notebook).parent, progress_bar=False,
                                       request_save_on_cell_execute=False) # once, at the end
 
-# %% ../../nbs/experiments/warm.ipynb #c007
+# %% ../../nbs/experiments/warm.ipynb #c011
 def preload(): # a CaptureShell
     "Import what a run needs and make a shell, so that the children have both"
     import functools, gc, altair, execnb.shell, nbformat, papermill, torch, torch_pruning, vl_convert
@@ -58,6 +59,7 @@ def preload(): # a CaptureShell
     gc.freeze() # a child that looks for garbage among what is here would copy all of it
     return shell
 
+# %% ../../nbs/experiments/warm.ipynb #c013
 def _end_without(parent:int) -> None:
     "In a child: end when the process that it is a copy of has ended"
     def watch():
@@ -78,6 +80,7 @@ def _child(job:Mapping, pipe:int, shell, parent:int) -> None:
     os.write(pipe, json.dumps(said).encode())
     os._exit(0)
 
+# %% ../../nbs/experiments/warm.ipynb #c015
 def _in_child(job:Mapping, commands:int, shell) -> dict|None: # the answer; None: whoever started this is gone
     "Fork, and wait for the child or for the end of the commands"
     (back, pipe), me = os.pipe(), os.getpid()
@@ -97,6 +100,13 @@ def _in_child(job:Mapping, commands:int, shell) -> dict|None: # the answer; None
     _, status = os.waitpid(pid, 0)
     return json.loads(said) if said else dict(died=os.waitstatus_to_exitcode(status))
 
+# %% ../../nbs/experiments/warm.ipynb #c017
+def _line(source:int) -> bytes:
+    "The next line of a pipe, unbuffered: nothing behind it is taken"
+    line = b''
+    while not line.endswith(b'\n') and (c := os.read(source, 1)): line += c
+    return line
+
 def serve() -> None:
     "Import, then carry out one job after the other, each in a child"
     answers = os.fdopen(os.dup(1), 'w')
@@ -113,16 +123,22 @@ def serve() -> None:
         if said is None: break
         print(json.dumps(said), file=answers, flush=True)
 
-def _line(source:int) -> bytes:
-    "The next line of a pipe, unbuffered: nothing behind it is taken"
-    line = b''
-    while not line.endswith(b'\n') and (c := os.read(source, 1)): line += c
-    return line
-
-# %% ../../nbs/experiments/warm.ipynb #c009
+# %% ../../nbs/experiments/warm.ipynb #c020
 class Died(RuntimeError): "A run ended without a word: it was killed"
 class Orphaned(RuntimeError): "The study that asked for a run is gone"
 
+def _signal(code:int) -> str:
+    "What ended a process, in words"
+    if code >= 0: return f'exit status {code}'
+    return f'signal {-code}, {signal.Signals(-code).name}' + (', as when memory is short' if code == -signal.SIGKILL else '')
+
+def _judge(said:Mapping) -> None:
+    "Raise what the server says of a run that did not end well"
+    if 'died' in said: raise Died(f"the run was killed ({_signal(said['died'])})")
+    if said.get('errno'): raise OSError(said['errno'], os.strerror(said['errno']))
+    if 'error' in said: raise RuntimeError(said['error'])
+
+# %% ../../nbs/experiments/warm.ipynb #c022
 class Warm:
     "A server of warm runs; one for a worker"
     def __init__(self): self.server, self.log = None, None
@@ -167,9 +183,7 @@ class Warm:
         except OSError as e: self.stop(); raise Died('the process of the runs has ended') from e
         try: said = self.answer(wanted)
         except KeyboardInterrupt: self.stop(); raise
-        if 'died' in said: raise Died(f"the run was killed ({_signal(said['died'])})")
-        if said.get('errno'): raise OSError(said['errno'], os.strerror(said['errno']))
-        if 'error' in said: raise RuntimeError(said['error'])
+        _judge(said)
 
     def stop(self) -> None:
         "End the server, and the run that it is in: when its input ends, it kills that, and ends"
@@ -179,8 +193,3 @@ class Warm:
         except subprocess.TimeoutExpired: self.server.kill(); self.server.wait()
         self.server.stdout.close(); self.log.close()
         self.server = None
-
-def _signal(code:int) -> str:
-    "What ended a process, in words"
-    if code >= 0: return f'exit status {code}'
-    return f'signal {-code}, {signal.Signals(-code).name}' + (', as when memory is short' if code == -signal.SIGKILL else '')
