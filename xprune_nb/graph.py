@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['GIVEN', 'OPS', 'KINDS', 'Ref', 'Batch', 'Op', 'Graph', 'untouched', 'unwrapped', 'Row', 'row', 'may_be_negative',
-           'weights_of', 'values', 'run', 'rounding', 'furthest', 'prove', 'images_like', 'read', 'recall', 'Walk',
-           'follow', 'tied', 'groups_of', 'channels_at', 'stopped', 'classes', 'groups', 'macs_of', 'cost']
+           'weights_of', 'values', 'run', 'rounding', 'furthest', 'prove', 'images_like', 'read', 'without_hooks',
+           'recall', 'Walk', 'follow', 'tied', 'groups_of', 'channels_at', 'stopped', 'classes', 'groups', 'macs_of',
+           'cost']
 
 # %% ../nbs/graph.ipynb #c002
-import copy, inspect, io, logging, operator, re, traceback, warnings
+import copy, inspect, io, logging, operator, re, traceback, types, warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -59,7 +61,7 @@ class Op:
     layer:str='' # the module that it belongs to
     line:str='' # of the user's code
 
-    @property
+    @cached_property
     def ins(self) -> list[str]: return _refs((self.args, dict(self.kwargs)))
 
     def apply(self, value:Callable[[str], object], n:int=2): # what comes out, for n images
@@ -717,9 +719,29 @@ def read(
     _PROVED[model] = graph, _state(model)
     return graph
 
+def _hooks(model:nn.Module) -> list[tuple[dict, int]]: # in which of a module's dicts, and its key
+    "The hooks that are functions: the others (weight_norm, pruning masks) work out weights"
+    boxes = [b for m in model.modules() for b in (m._forward_hooks, m._forward_pre_hooks)]
+    plain = types.FunctionType, types.MethodType, types.BuiltinMethodType
+    return [(b, k) for b in boxes for k, f in b.items() if isinstance(f, plain)]
+
+@contextmanager
+def without_hooks(model:nn.Module) -> Iterator[None]:
+    "Nobody who watches is called"
+    boxes = [b for m in model.modules() for b in (m._forward_hooks, m._forward_pre_hooks)]
+    backs = [_remembered(b) for b in boxes]
+    for b, k in _hooks(model): del b[k]
+    try: yield
+    finally:
+        for back in backs: back()
+
 def recall(model:nn.Module) -> Graph:
-    "The graph as it was read before, for images of whatever size; else for the first usual size that works"
+    "The graph without hooks, as it was read before, at whatever size; else at the first usual size that works"
     model = unwrapped(model)
+    with without_hooks(model): return _recalled(model)
+
+def _recalled(model:nn.Module) -> Graph:
+    if model in _PROVED: return read(model, _PROVED[model][0].image.shape[1:])
     with evaluating(model): rest = _structure(model, images_like(model, (1, 1, 1), 1))[1:]
     sizes = [tuple(k[0][1]) for k in reversed(_KEPT) if k[1:] == rest]
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
