@@ -283,7 +283,8 @@ def _line(node:torch.fx.Node) -> str:
 
 def _layer(node:torch.fx.Node) -> str:
     stack = list((node.meta.get('nn_module_stack') or {'': ('', '')}).values())
-    return re.sub(r'@\d+', '', stack[-1][0]) # a second run of a module is `name@1`
+    name = stack[-1][0]
+    return '' if name.startswith('_empty_') else re.sub(r'@\d+', '', name) # a second run is `name@1`
 
 # %% ../nbs/graph.ipynb #c046
 def _length(d) -> int|Batch|str:
@@ -380,11 +381,17 @@ def _as_graph(model:nn.Module, x:Tensor) -> Graph:
     "The graph, as these images have it"
     ep = _functional(_laid_out(_exported(model, x)))
     ops, out = _operations(ep)
-    ops = [_renamed(o, _first_names(model)) for o in _needed(ops, out)]
+    ops = _placed([_renamed(o, _first_names(model)) for o in _needed(ops, out)])
     convs = tuple(n for n, m in model.named_modules() if isinstance(m, nn.Conv2d))
     made = {k: v for k, v in ep.constants.items() if isinstance(v, Tensor)}
     graph = Graph(tuple(ops), out, _layers(model), convs, made)
     return replace(graph, batch=len(x) if graph.image.shape[0] == len(x) else None)
+
+def _placed(ops:list[Op]) -> list[Op]:
+    "What is called outside a module, with the weights of one alone (`F.conv2d(x, self.a.weight)`), is that module's"
+    weights = {o.name for o in ops if o.op == 'weight'}
+    owners = [{_owner(n) for n in o.ins if n in weights} for o in ops]
+    return [replace(o, layer=min(w)) if not o.layer and len(w) == 1 else o for o, w in zip(ops, owners)]
 
 def _renamed(op:Op, names:Mapping[str, str]) -> Op:
     new = lambda name: names.get(name, name)

@@ -8,6 +8,7 @@ __all__ = ['NORMS', 'check_plan', 'silencer', 'silence', 'silenced', 'rewind', '
 
 # %% ../../nbs/pruning/cut.ipynb #c002
 import copy, operator, warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -368,8 +369,19 @@ class AsGraph:
     def forward(self, x:Tensor):
         found = weights_of(self._ops, self) | {self._ops.image.name: x} | self._made
         for op in self._ops.ops:
-            if op.op not in GIVEN: found[op.name] = self._modes(op).apply(found.__getitem__, len(x))
+            if op.op in GIVEN: continue
+            out = self._modes(op).apply(found.__getitem__, len(x))
+            found[op.name] = self._hooked(op, found, out)
         return self._ops.result(found.__getitem__, len(x))
+
+    def _hooked(self, op:Op, found:Mapping, out):
+        "What is one operation of a module tells its hooks"
+        if op.name not in self._alone: return out
+        layer = self.get_submodule(op.layer)
+        for hook in layer._forward_hooks.values():
+            new = hook(layer, (found[op.args[0].name],), out)
+            out = out if new is None else new
+        return out
 
     def _modes(self, op:Op) -> Op:
         at = dict(batch_norm=5, dropout=2, feature_dropout=2).get(op.op)
@@ -384,9 +396,12 @@ def _as_graph(model:nn.Module, dead:Dead) -> nn.Module: # the same, of another c
     graph, new = dead.flow.graph, _Resize(dead.flow, dead.stay)
     between = {n for way in dead.flow.shuffles.values() for n in way[1:]}
     model._ops = replace(graph, ops=tuple(new(o) for o in graph.ops if o.name not in between))
+    done = Counter(o.layer for o in model._ops.ops if o.op not in GIVEN)
+    model._alone = {o.name for o in model._ops.ops if o.op not in GIVEN and o.layer and done[o.layer] == 1 and o.ins}
     made = {n: dead.flow.weights[n] for n in graph.constants}
     index = index_of(dead.flow, dead.gone)
     model._made = {n: t[index[n]] if n in index else t for n, t in made.items()}
+    if isinstance(model, AsGraph): return model # cut once more
     model.__class__ = type(f'{type(model).__name__}AsGraph', (AsGraph, type(model)), {})
     return model
 
