@@ -396,8 +396,11 @@ def _as_graph(model:nn.Module, dead:Dead) -> nn.Module: # the same, of another c
     graph, new = dead.flow.graph, _Resize(dead.flow, dead.stay)
     between = {n for way in dead.flow.shuffles.values() for n in way[1:]}
     model._ops = replace(graph, ops=tuple(new(o) for o in graph.ops if o.name not in between))
-    done = Counter(o.layer for o in model._ops.ops if o.op not in GIVEN)
-    model._alone = {o.name for o in model._ops.ops if o.op not in GIVEN and o.layer and done[o.layer] == 1 and o.ins}
+    ops = [o for o in model._ops.ops if o.op not in GIVEN and o.layer and o.ins]
+    done, kinds = Counter(o.layer for o in ops), {(o.layer, o.op) for o in ops}
+    kinds = Counter(layer for layer, _ in kinds)
+    weighs = lambda o: any(n.startswith(f'{o.layer}.') for n in o.ins) # it may run twice
+    model._alone = {o.name for o in ops if done[o.layer] == 1 or kinds[o.layer] == 1 and weighs(o)}
     made = {n: dead.flow.weights[n] for n in graph.constants}
     index = index_of(dead.flow, dead.gone)
     model._made = {n: t[index[n]] if n in index else t for n, t in made.items()}
