@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['GIVEN', 'OPS', 'KINDS', 'Ref', 'Batch', 'Op', 'Graph', 'untouched', 'unwrapped', 'Row', 'row', 'may_be_negative',
-           'weights_of', 'values', 'run', 'rounding', 'furthest', 'prove', 'images_like', 'read', 'recall', 'Walk',
-           'follow', 'tied', 'groups_of', 'channels_at', 'stopped', 'classes', 'groups', 'macs_of', 'cost']
+           'weights_of', 'values', 'run', 'rounding', 'furthest', 'prove', 'images_like', 'read', 'without_hooks',
+           'recall', 'Walk', 'follow', 'tied', 'groups_of', 'channels_at', 'stopped', 'classes', 'groups', 'macs_of',
+           'cost']
 
 # %% ../nbs/graph.ipynb #c002
-import copy, inspect, io, logging, operator, re, traceback, warnings
+import copy, inspect, io, logging, operator, re, traceback, types, warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -59,7 +61,7 @@ class Op:
     layer:str='' # the module that it belongs to
     line:str='' # of the user's code
 
-    @property
+    @cached_property
     def ins(self) -> list[str]: return _refs((self.args, dict(self.kwargs)))
 
     def apply(self, value:Callable[[str], object], n:int=2): # what comes out, for n images
@@ -281,7 +283,8 @@ def _line(node:torch.fx.Node) -> str:
 
 def _layer(node:torch.fx.Node) -> str:
     stack = list((node.meta.get('nn_module_stack') or {'': ('', '')}).values())
-    return re.sub(r'@\d+', '', stack[-1][0]) # a second run of a module is `name@1`
+    name = stack[-1][0]
+    return '' if name.startswith('_empty_') else re.sub(r'@\d+', '', name) # a second run is `name@1`
 
 # %% ../nbs/graph.ipynb #c046
 def _length(d) -> int|Batch|str:
@@ -378,11 +381,17 @@ def _as_graph(model:nn.Module, x:Tensor) -> Graph:
     "The graph, as these images have it"
     ep = _functional(_laid_out(_exported(model, x)))
     ops, out = _operations(ep)
-    ops = [_renamed(o, _first_names(model)) for o in _needed(ops, out)]
+    ops = _placed([_renamed(o, _first_names(model)) for o in _needed(ops, out)])
     convs = tuple(n for n, m in model.named_modules() if isinstance(m, nn.Conv2d))
     made = {k: v for k, v in ep.constants.items() if isinstance(v, Tensor)}
     graph = Graph(tuple(ops), out, _layers(model), convs, made)
     return replace(graph, batch=len(x) if graph.image.shape[0] == len(x) else None)
+
+def _placed(ops:list[Op]) -> list[Op]:
+    "What is called outside a module, with the weights of one alone (`F.conv2d(x, self.a.weight)`), is that module's"
+    weights = {o.name for o in ops if o.op == 'weight'}
+    owners = [{_owner(n) for n in o.ins if n in weights} for o in ops]
+    return [replace(o, layer=min(w)) if not o.layer and len(w) == 1 else o for o, w in zip(ops, owners)]
 
 def _renamed(op:Op, names:Mapping[str, str]) -> Op:
     new = lambda name: names.get(name, name)
@@ -722,9 +731,29 @@ def read(
     _PROVED[model] = graph, _state(model)
     return graph
 
+def _hooks(model:nn.Module) -> list[tuple[dict, int]]: # in which of a module's dicts, and its key
+    "The hooks that are functions: the others (weight_norm, pruning masks) work out weights"
+    boxes = [b for m in model.modules() for b in (m._forward_hooks, m._forward_pre_hooks)]
+    plain = types.FunctionType, types.MethodType, types.BuiltinMethodType
+    return [(b, k) for b in boxes for k, f in b.items() if isinstance(f, plain)]
+
+@contextmanager
+def without_hooks(model:nn.Module) -> Iterator[None]:
+    "Nobody who watches is called"
+    boxes = [b for m in model.modules() for b in (m._forward_hooks, m._forward_pre_hooks)]
+    backs = [_remembered(b) for b in boxes]
+    for b, k in _hooks(model): del b[k]
+    try: yield
+    finally:
+        for back in backs: back()
+
 def recall(model:nn.Module) -> Graph:
-    "The graph as it was read before, for images of whatever size; else for the first usual size that works"
+    "The graph without hooks, as it was read before, at whatever size; else at the first usual size that works"
     model = unwrapped(model)
+    with without_hooks(model): return _recalled(model)
+
+def _recalled(model:nn.Module) -> Graph:
+    if model in _PROVED: return read(model, _PROVED[model][0].image.shape[1:])
     with evaluating(model): rest = _structure(model, images_like(model, (1, 1, 1), 1))[1:]
     sizes = [tuple(k[0][1]) for k in reversed(_KEPT) if k[1:] == rest]
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)

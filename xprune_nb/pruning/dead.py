@@ -146,7 +146,7 @@ class Given:
         if op.sizes is None or row(op).kind == 'stops': return nothing
         ins = {n: self._in(n) for n in op.ins}
         unknown = any(isinstance(v, Tensor) and v.isnan().any() for v in ins.values())
-        return nothing if unknown else op.apply(ins.__getitem__).double()
+        return nothing if unknown else op.apply(ins.__getitem__).cpu().double()
 
     def _in(self, name:str):
         op = self.flow.graph[name]
@@ -215,7 +215,7 @@ def _each(self, op:Op) -> Tensor:
     known = ~ins[tensors[0]].isnan()
     for n in tensors[1:] if op.op != 'prelu' else (): known = known & ~ins[n].isnan()
     for n in tensors if op.op == 'mul' else (): known = known | (self.zeros.of(n) == 0)
-    out = op.apply(lambda n: ins[n].nan_to_num(0.) if n in tensors else ins[n]).double()
+    out = op.apply(lambda n: ins[n].nan_to_num(0.) if n in tensors else ins[n]).cpu().double()
     return torch.where(known, out, math.nan)
 
 def _is_plain(op:Op) -> bool:
