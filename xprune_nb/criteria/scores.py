@@ -238,6 +238,7 @@ def check_scores(
     scores:Mapping[str, Tensor],
     model:nn.Module,
     criterion:str='scores', # its name, for the message
+    some:bool=False, # NaN stands for a filter that was not asked for
 ) -> dict[str, Tensor]: # `scores`, in the order of the network
     "Pass scores through that hold one finite number for each filter of each convolution (`ValueError` otherwise)"
     layers = convs(model)
@@ -247,7 +248,7 @@ def check_scores(
         if n not in layers: raise ValueError(f"{criterion}: there are scores of '{n}', which is no convolution of the model")
         if s.shape != (filters := layers[n].out_channels,):
             raise ValueError(f"{criterion}: scores of layer '{n}' have shape {tuple(s.shape)}, expected ({filters},): one score per filter")
-        if len(bad := (~s.isfinite()).nonzero()):
+        if len(bad := (s.isinf() if some else ~s.isfinite()).nonzero()):
             raise ValueError(f"{criterion}: {len(bad)} of {filters} scores of layer '{n}' are not finite (first: filter {bad[0].item()}). Are its weights?")
     return {n: scores[n] for n in layers}
 
@@ -264,7 +265,8 @@ def score(
     model = unwrapped(model)
     f, options = CRITERIA[one_of(criterion, CRITERIA, 'criterion')], dict(options, seed=seed)
     for o in options: one_of(o, sorted({o for c in CRITERIA.values() for o in options_of(c)}), 'option')
-    return check_scores(f(model, x, y, **{o: v for o, v in options.items() if o in options_of(f)}), model, criterion)
+    options = {o: v for o, v in options.items() if o in options_of(f)}
+    return check_scores(f(model, x, y, **options), model, criterion, some=options.get('filters') is not None)
 
 # %% ../../nbs/criteria/scores.ipynb #c034
 def attributions(
