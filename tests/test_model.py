@@ -10,6 +10,8 @@ import torch_pruning
 import torchvision
 from hypothesis import given, settings, strategies as st
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
+from torch.utils.flop_counter import FlopCounterMode
 
 from xprune_nb import model as room
 from xprune_nb.model import MODELS, STEMS, baseline, baselines, batch_norms, beside_study, build, convs, cost, load_weights, read_weights, rounded, save_baseline, save_weights
@@ -139,6 +141,28 @@ def test_costs_are_torch_prunings(name):
     _, params, by_layer, _ = torch_pruning.utils.count_ops_and_params(net, torch.zeros(1, 3, 32, 32), layer_wise=True)
     theirs = {n: by_layer[m] - (len(m.bias) if isinstance(m, nn.Linear) else 0) for n, m in net.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
     assert table.macs[table.macs > 0].to_dict() == theirs and table.params.sum() == params
+
+class Patches(nn.Module):
+    "Four patches of a picture, one after another in the batch"
+    def __init__(self): super().__init__(); self.conv, self.fc = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 4)
+    def forward(self, x):
+        parts = x.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, 4, 4)
+        return self.fc(self.conv(parts).relu().mean((2, 3)).view(len(x), -1, 8).mean(1))
+
+def with_head(*layers): return nn.Sequential(*layers, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+ODD = dict(transposed=lambda: with_head(nn.Conv2d(3, 8, 3, padding=1), nn.ConvTranspose2d(8, 8, 3, 2, 1, 1, groups=4)), patches=Patches,
+           weight_norm=lambda: with_head(weight_norm(nn.Conv2d(3, 8, 3, padding=1, bias=False))),
+           spectral_norm=lambda: with_head(spectral_norm(nn.Conv2d(3, 8, 3, padding=1))),
+           older_weight_norm=lambda: with_head(nn.utils.weight_norm(nn.Conv2d(3, 8, 3))),
+           twice=lambda: with_head(conv := nn.Conv2d(3, 3, 3, padding=1), conv, nn.Conv2d(3, 8, 1)))
+
+@pytest.mark.filterwarnings('ignore:.*weight_norm.*:FutureWarning')
+@pytest.mark.parametrize('name', ODD)
+def test_layers_that_are_easily_miscounted_are_torchs_own_counters(name):
+    net = ODD[name]().eval()
+    table = cost(net, (3, 8, 8))
+    with FlopCounterMode(display=False) as counter, torch.no_grad(): net(torch.zeros(1, 3, 8, 8))
+    assert table.macs.sum() == counter.get_total_flops()//2 and table.params.sum() == sum(p.numel() for p in net.parameters())
 
 def test_batch_norms_of_other_networks():
     net = torchvision.models.resnet18(num_classes=3).eval()

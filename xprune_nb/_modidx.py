@@ -1008,6 +1008,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/xprune_nb', 'doc_host': ''
                                  'xprune_nb.model._cifar_resnet': ('model.html#_cifar_resnet', 'xprune_nb/model.py'),
                                  'xprune_nb.model._described': ('model.html#_described', 'xprune_nb/model.py'),
                                  'xprune_nb.model._last_drawn': ('model.html#_last_drawn', 'xprune_nb/model.py'),
+                                 'xprune_nb.model._multiplies': ('model.html#_multiplies', 'xprune_nb/model.py'),
+                                 'xprune_nb.model._own_parameters': ('model.html#_own_parameters', 'xprune_nb/model.py'),
                                  'xprune_nb.model._torchvision': ('model.html#_torchvision', 'xprune_nb/model.py'),
                                  'xprune_nb.model.baseline': ('model.html#baseline', 'xprune_nb/model.py'),
                                  'xprune_nb.model.baselines': ('model.html#baselines', 'xprune_nb/model.py'),

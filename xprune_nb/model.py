@@ -92,6 +92,19 @@ def evaluating(model:nn.Module) -> Iterator[nn.Module]:
     finally:
         for m, mode in modes.items(): m.training = mode
 
+def _own_parameters(m:nn.Module) -> Iterator[nn.Parameter]:
+    "A layer's parameters, also those from which a parametrisation works its weights out"
+    yield from m.parameters(recurse=False)
+    if hasattr(m, 'parametrizations'): yield from m.parametrizations.parameters()
+
+_COUNTED = nn.modules.conv._ConvNd, nn.Linear # layers that multiply and add
+
+def _multiplies(m:nn.Module, x:Tensor, out:Tensor) -> int:
+    "Multiply-accumulates of one pass through a convolution or a linear layer"
+    spreads = getattr(m, 'transposed', False) # each input meets the whole kernel, otherwise each output does
+    places = x.numel()//m.in_channels if spreads else out.numel()//getattr(m, 'out_channels', m.weight.shape[0])
+    return places*m.weight.numel()
+
 def cost(
     model:nn.Module,
     shape:tuple[int, int, int]=(3, 32, 32), # of one image
@@ -101,23 +114,23 @@ def cost(
     rows, hooks, seen = {}, [], set()
     def count(name):
         def hook(m, inputs, out):
-            filters = m.out_channels if isinstance(m, nn.Conv2d) else 0
-            new = [p for p in m.parameters(recurse=False) if p not in seen]
+            new = [p for p in _own_parameters(m) if p not in seen]
             seen.update(new)
-            row = rows.setdefault(name, dict(kind=type(m).__name__, filters=filters, params=sum(p.numel() for p in new), macs=0))
-            if isinstance(m, (nn.Conv2d, nn.Linear)):
-                row['macs'] += out[0].numel()//m.weight.shape[0] * m.weight.numel()
+            filters = m.out_channels if isinstance(m, nn.Conv2d) else 0
+            first = dict(kind=type(m).__name__, filters=filters, params=sum(p.numel() for p in new), macs=0)
+            row = rows.setdefault(name, first)
+            if isinstance(m, _COUNTED): row['macs'] += _multiplies(m, inputs[0], out)
         return hook
-    p = next(model.parameters())
+    own = ((n, m) for n, m in model.named_modules() if 'parametrizations' not in n.split('.'))
+    layers, p = {n: m for n, m in own if next(_own_parameters(m), None) is not None}, next(model.parameters())
     try:
-        for n, m in model.named_modules():
-            if next(m.parameters(recurse=False), None) is not None: hooks.append(m.register_forward_hook(count(n)))
+        for n, m in layers.items(): hooks.append(m.register_forward_hook(count(n)))
         with evaluating(model), torch.no_grad(): model(torch.zeros(1, *shape, device=p.device, dtype=p.dtype))
     finally:
         for h in hooks: h.remove()
     return pd.DataFrame.from_dict(rows, orient='index').rename_axis('layer')
 
-# %% ../nbs/01_model.ipynb #c021
+# %% ../nbs/01_model.ipynb #c023
 def save_weights(
     weights:Mapping[str, Tensor]|nn.Module, # a state dict, or a model
     path:str|Path, # ends in .safetensors
@@ -160,7 +173,7 @@ def load_weights(
     model.load_state_dict(weights)
     return model
 
-# %% ../nbs/01_model.ipynb #c024
+# %% ../nbs/01_model.ipynb #c026
 @dataclass(frozen=True)
 class Baseline:
     "A trained network with its story"
@@ -239,7 +252,7 @@ def baseline(
     about['history'] = pd.DataFrame(about['history'])
     return Baseline(**about, folder=path.parent)
 
-# %% ../nbs/01_model.ipynb #c030
+# %% ../nbs/01_model.ipynb #c032
 def rounded(
     weights:Mapping[str, Tensor], # a state dict
 ) -> dict[str, Tensor]: # as it is stored
@@ -250,7 +263,7 @@ def rounded(
         raise ValueError(f'{k} has numbers that half precision has not, expected at most 65504')
     return half
 
-# %% ../nbs/01_model.ipynb #c035
+# %% ../nbs/01_model.ipynb #c037
 def _last_drawn(net:nn.Module) -> dict[str, list[float]]:
     "The last values of the weights that are drawn last: they tell whether the same ones were drawn"
     name, weight = [(n, p) for n, p in net.named_parameters() if p.ndim > 1][-1]
