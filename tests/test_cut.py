@@ -55,7 +55,7 @@ def test_what_goes_of_other_peoples_networks(name):
     else: assert widths(small) == {n: int(k.sum()) for n, k in p.items()} and numel(small) < numel(net)
 
 @pytest.mark.filterwarnings('ignore')
-@pytest.mark.parametrize('name', REFUSED)
+@pytest.mark.parametrize('name', sorted(REFUSED))
 def test_weights_that_are_worked_out_are_refused(name):
     net = CASES[name][0]().eval()
     p = {n: torch.arange(m.out_channels) > 2 for n, m in convs(net).items()}

@@ -379,6 +379,10 @@ _lrp(' '.join(n for n, r in OPS.items() if r.kind in ('joins', 'takes', 'spreads
 def no_rule(method:str, op:Op, why:str='') -> ValueError:
     return ValueError(f"{method} has no rule for '{op.name}' ({op.op}{why}) of {op.where()}")
 
+def _is(rule:Callable|None, *those:Callable) -> bool:
+    "Whether a rule is one of these; a notebook that is run beside the package enters its own functions of the same names"
+    return getattr(rule, '__name__', None) in {f.__name__ for f in those}
+
 def _live_arguments(op:Op, live:set[str]) -> frozenset:
     return frozenset(i for i, a in enumerate(op.args) if getattr(a, 'name', None) in live)
 
@@ -387,8 +391,10 @@ def _lrp_rule(op:Op, live:set[str]) -> LrpRule:
     found, at = row(op).lrp, _live_arguments(op, live)
     if op.op == 'matmul' and len(at) == 2: return LrpRule(_matrices, 'product')
     if found is None: raise no_rule('LRP', op)
-    wanted = {_added: at, _shared: at, _matrices: {0, 1}, _matrix: {row(op).takes[0]}}.get(found.back, {0})
-    if op.op == 'div': wanted = {0}
+    wanted = {0}
+    if _is(found.back, _added, _shared) and op.op != 'div': wanted = at
+    if _is(found.back, _matrices): wanted = {0, 1}
+    if _is(found.back, _matrix): wanted = {row(op).takes[0]}
     odd = at != wanted or {op.args[i].name for i in at} != live.intersection(op.ins)
     if found.back and odd: raise no_rule('LRP', op, ' with what the image decides in another place than usual')
     return found
@@ -458,7 +464,7 @@ def places_of(
             name = o.layer if o.layer in program.graph.layers and o.layer not in taken else o.name
             taken.add(name)
             found[o.name] = name, rule.place, begins
-        elif begins and rule.back in (None, _through): first.add(o.name)
+        elif begins and (not rule.back or _is(rule.back, _through)): first.add(o.name)
     kinds = [kind for _, kind, _ in found.values()]
     return {o: Place(name, kind, kinds[:i].count(kind), kinds.count(kind), begins)
             for i, (o, (name, kind, begins)) in enumerate(found.items())}
@@ -725,10 +731,10 @@ def _deeplift_rule(op:Op, live:set[str]) -> Callable: # `_linear` for one that n
     if found is None: raise no_rule('DeepLIFT', op)
     if op.op in ('mul', 'matmul', 'bmm') and len(at) == 1 or op.op == 'div' and at == {0}: return _linear
     if op.op == 'instance_norm' and not op.args[5]: return _linear # by statistics of its own
-    weighted = row(op).kind == 'mixes' and found is _linear
+    weighted = row(op).kind == 'mixes' and _is(found, _linear)
     wanted = {row(op).takes[0]} if weighted else {0}
-    odd = found is not _linear and {op.args[i].name for i in at} != live.intersection(op.ins)
-    if odd or (weighted or found in (_by_secant, _by_parts, _by_largest)) and at != wanted:
+    odd = not _is(found, _linear) and {op.args[i].name for i in at} != live.intersection(op.ins)
+    if odd or (weighted or _is(found, _by_secant, _by_parts, _by_largest)) and at != wanted:
         raise no_rule('DeepLIFT', op, ' with what the image decides in another place than usual')
     return found
 
@@ -741,7 +747,7 @@ class Multipliers:
         self.net = folded(model, x)
         live = live_values(self.net)
         rules = {o.name: (_deeplift_rule(o, live), _live_arguments(o, live)) for o in self.net.ops if o.name in live}
-        self.rules = {n: r for n, r in rules.items() if r[0] is not _linear}
+        self.rules = {n: r for n, r in rules.items() if not _is(r[0], _linear)}
         shapes = [self.net.graph[n].shape for n in self.rules]
         self.by_image = all(s is None or s[:1] == (Batch(1),) for s in shapes) # one row an image in each of them
 
@@ -755,7 +761,7 @@ class Multipliers:
         for name, (rule, at) in self.rules.items():
             step = steps[name]
             known = Compared(step.op, at, step.given({**self.net.held, **there}, n)[0], there[name], n)
-            plain = (known, step.call) if rule is not _through else (None, step.call)
+            plain = (None if _is(rule, _through) else known, step.call)
             instead[name] = functools.partial(rule, *plain)
         return replace(self.net, instead={**self.net.instead, **instead})
 
