@@ -67,11 +67,12 @@ def part(row:dict, name:str):
 
 def far(a:torch.Tensor, b:torch.Tensor) -> float: return ((a - b).abs().max()/b.abs().max().clamp_min(1e-30)).item()
 
-def torch_pruning_left(net:nn.Module, x:torch.Tensor, last:str) -> float: # share of the parameters
-    "What Torch-Pruning leaves at the same ratio, by its own magnitudes"
+def torch_pruning_left(net:nn.Module, x:torch.Tensor) -> float: # share of the parameters
+    "What Torch-Pruning leaves at the same ratio, by its own magnitudes; the layers that put out the classes are left alone"
     import torch_pruning as tp
+    last = [m for m in net.modules() if isinstance(m, nn.Linear) and m.out_features == 10] + [net.get_submodule(n) for n in classifier(net)]
     whole = sum(p.numel() for p in net.parameters())
-    pruner = tp.pruner.BasePruner(net.float(), x[:1].float(), tp.importance.MagnitudeImportance(p=1), pruning_ratio=.3, ignored_layers=[net.get_submodule(last)])
+    pruner = tp.pruner.BasePruner(net.float(), x[:1].float(), tp.importance.MagnitudeImportance(p=1), pruning_ratio=.3, ignored_layers=last)
     pruner.step()
     return sum(p.numel() for p in net.parameters())/whole
 
@@ -109,7 +110,7 @@ def line(name:str) -> dict:
                     said=' '.join(str(w.message) for w in said)[:300])
 
     @part(row, 'torch_pruning')
-    def _(): return dict(torch_pruning=torch_pruning_left(network(name)[0], x, classifier(net)))
+    def _(): return dict(torch_pruning=torch_pruning_left(network(name)[0], x))
 
     @part(row, 'conductance')
     def _():
