@@ -232,7 +232,7 @@ def test_scores_of_ones_own_are_a_criterion(still):
 
 def test_a_network_without_a_graph_can_still_be_looked_at(still):
     e = FilterExplorer(Untraceable().eval(), own_data(), criterion='conductance', images=8, search=8)
-    assert 'groups are not known' in e.coupled.value and e.wrong and 'cannot be traced' in e.status.value
+    assert 'groups are not known' in e.coupled.value and e.wrong and 'cannot be read at' in e.status.value
     assert e.maps.png and '…' in e.cost.value and e.shown.kind == 'attribution'
 
 def test_slow_criteria_are_scored_part_by_part():

@@ -247,6 +247,7 @@ def scoring_macs(
     def count(n):
         with _Flops() as counter: score(run.criterion, net, x[:n], y[:n], **options(run))
         return counter.total//2
+    score(run.criterion, net, x[:1], y[:1], **options(run)) # reads and proves the network's graph, which is kept: not counted
     degree = 2 if 'background' in options_of(CRITERIA[run.criterion]) else 1
     counts, total = np.array([count(n) for n in range(1, min(degree+1, len(x))+1)]), 0
     for i in range(len(counts)): # Newton's forward differences
